@@ -1,0 +1,30 @@
+"""linvt_hf: the Linear Video Tokenizer (arXiv 2412.05185) for image-LLMs, native to Hugging Face transformers."""
+
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .configuration_linvt import LinVTConfig
+from .conversion import wrap
+from .modeling_linvt import LinVTForConditionalGeneration
+from .pipeline_linvt import VideoQuestionAnsweringPipeline
+from .processing_linvt import LinVTProcessor
+from .video_tokenizer import LinearVideoTokenizer
+
+__version__ = "0.1.0"
+
+AutoProcessor.register(LinVTConfig, LinVTProcessor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(
+    "video-question-answering",
+    pipeline_class=VideoQuestionAnsweringPipeline,
+    pt_model=AutoModelForImageTextToText,
+    type="multimodal",
+)
+
+__all__ = [
+    "LinVTConfig",
+    "LinVTForConditionalGeneration",
+    "LinVTProcessor",
+    "LinearVideoTokenizer",
+    "VideoQuestionAnsweringPipeline",
+    "wrap",
+]

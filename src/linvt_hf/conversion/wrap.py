@@ -1,0 +1,174 @@
+"""`wrap`: an image-LLM of transformers, wherever it is, to a LinVT model and its processor."""
+
+import inspect
+import re
+from pathlib import Path
+
+import transformers
+from tokenizers import AddedToken
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+# From its module: the name in transformers 5.17 itself asks for torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import logging
+
+from ..image_llm import OWN_MODELS, ImageLLM, image_llm_of
+from ..modeling_linvt import LinVTForConditionalGeneration
+from ..processing_linvt import VIDEO_TOKEN, LinVTProcessor, chat_template_with_videos
+
+logger = logging.get_logger(__name__)
+
+# Names that tokenizers give to entries they keep free.
+_RESERVED = re.compile(r"reserved|unused|placeholder|<SPECIAL_\d+>", re.IGNORECASE)
+# For a base without a chat template (ours).
+PLAIN_CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{{ message['role'].capitalize() + ': ' }}"
+    "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
+    "{%- for block in message['content'] -%}"
+    "{%- if block['type'] == 'image' -%}{{ 'IMAGE_TOKEN' }}{%- elif block['type'] == 'text' -%}{{ block['text'] }}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}{{ '\\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
+)
+
+
+def wrap(
+    base: PreTrainedModel | str | Path,
+    processor: ProcessorMixin | str | Path | None = None,
+    *,
+    video_token: str | None = None,
+    num_frames: int | None = 32,
+    fps: float | None = None,
+    model_kwargs: dict | None = None,
+    **settings,
+) -> tuple[LinVTForConditionalGeneration, LinVTProcessor]:
+    """
+    Gives an image-LLM a fresh LinVT video tokenizer. The base's weights stay as they are.
+
+    Args:
+        base: the image-LLM: a model, a Hub id, or a folder in transformers' native layout.
+        processor: the base's processor, or where it is; by default where `base` is. Needed if `base` is a model.
+        video_token: the token that stands for a video. By default a new one, if the base's embedding table has a free
+            row for it; otherwise one that the base's tokenizer keeps unused.
+        num_frames, fps: how videos are sampled by default.
+        model_kwargs: for the base's `from_pretrained`, e.g. `{"dtype": "bfloat16", "device_map": "cuda"}`.
+        settings: fields of `LinVTConfig`.
+
+    Returns the model and its processor; `model.save_pretrained(folder, processor=processor)` makes a Hub folder of them.
+    Raises `ValueError` for a base that LinVT cannot wrap, `OSError` for one that is not there.
+    """
+    if isinstance(base, PreTrainedModel):
+        if processor is None:
+            raise ValueError(
+                "A model alone does not say how its prompts are made; pass its processor too: wrap(model, processor)."
+            )
+        model = base
+    else:
+        processor = base if processor is None else processor
+        model = load_image_llm(base, **(model_kwargs or {}))
+    image_llm = image_llm_of(model.config)
+    if not hasattr(model, "get_image_features"):
+        raise ValueError(
+            f"{type(model).__name__} has no get_image_features, so LinVT cannot reach its visual tokens; wrap a model of "
+            "AutoModelForImageTextToText."
+        )
+
+    image_processor, tokenizer, base_processor, chat_template = _processor_parts(processor, model)
+    video_token = _add_video_token(tokenizer, model, image_llm, video_token)
+    tokenizer.padding_side = "left"  # generation continues at the end of each row
+    if chat_template is None:
+        logger.warning("The base has no chat template; a plain one with 'User:' and 'Assistant:' is used.")
+        token = base_processor and getattr(tokenizer, "image_token", "<image>")
+        chat_template = PLAIN_CHAT_TEMPLATE.replace("IMAGE_TOKEN", token or "")
+
+    linvt = LinVTForConditionalGeneration.from_image_llm(
+        model, video_token_id=tokenizer.convert_tokens_to_ids(video_token), **settings
+    )
+    if linvt.generation_config.pad_token_id is None:
+        linvt.generation_config.pad_token_id = tokenizer.pad_token_id
+    return linvt, LinVTProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        chat_template=chat_template_with_videos(chat_template, image_llm.video_prompt, video_token),
+        base_processor=base_processor,
+        video_token=video_token,
+        num_video_tokens=linvt.config.num_video_tokens,
+        num_frames=num_frames,
+        fps=fps,
+        frame_kwargs=dict(image_llm.frame_kwargs),
+        frame_inputs=_frame_inputs(image_llm, model, image_processor),
+    )
+
+
+def load_image_llm(path: str | Path, **model_kwargs) -> PreTrainedModel:
+    """An image-LLM from a Hub id or a folder. A missing or unexpected tensor is an error that names it."""
+    config = AutoConfig.from_pretrained(path)
+    model_class = OWN_MODELS.get(config.model_type, AutoModelForImageTextToText)
+    model, info = model_class.from_pretrained(path, output_loading_info=True, **model_kwargs)
+    problems = [
+        f"{kind}: {', '.join(sorted(info[f'{kind}_keys']))}"
+        for kind in ("missing", "unexpected")
+        if info[f"{kind}_keys"]
+    ]
+    if problems:
+        raise ValueError(f"The tensors in {path} do not fit its config ({'; '.join(problems)}).")
+    return model
+
+
+def _processor_parts(processor, model: PreTrainedModel):
+    """Image processor, tokenizer, the base's processor class with its own settings, and chat template."""
+    if isinstance(processor, ProcessorMixin):
+        image_processor, tokenizer = processor.image_processor, processor.tokenizer
+        name, saved, chat_template = type(processor).__name__, processor.to_dict(), processor.chat_template
+    else:
+        # In parts, because many processors drag in a video processor that cannot exist without torchvision.
+        image_processor = AutoImageProcessor.from_pretrained(processor)
+        tokenizer = AutoTokenizer.from_pretrained(processor)
+        saved, _ = ProcessorMixin.get_processor_dict(processor)
+        name = saved.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(model.config.model_type)
+        chat_template = saved.get("chat_template")
+    processor_class = getattr(transformers, name or "", None)
+    settings = None
+    if processor_class is not None:
+        given = inspect.signature(processor_class.__init__).parameters.keys()
+        own = given - {"self", "args", "kwargs", "image_processor", "tokenizer", "video_processor", "chat_template"}
+        settings = {"processor_class": name, **{key: saved[key] for key in sorted(own) if key in saved}}
+    return image_processor, tokenizer, settings, chat_template or tokenizer.chat_template
+
+
+def _add_video_token(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, image_llm: ImageLLM, wanted: str | None
+) -> str:
+    rows = min(len(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()))
+    vocabulary = tokenizer.get_vocab()
+    if wanted is None:
+        if len(tokenizer) < rows or VIDEO_TOKEN in vocabulary:
+            wanted = VIDEO_TOKEN
+        else:
+            spare = [token for token in image_llm.spare_tokens if token in vocabulary]
+            spare += sorted((t for t in vocabulary if _RESERVED.search(t)), key=vocabulary.get, reverse=True)
+            wanted = next((token for token in spare if vocabulary[token] < rows), None)
+    if wanted is None or (wanted not in vocabulary and len(tokenizer) >= rows):
+        raise ValueError(
+            f"The base's embedding table has {rows} rows and its tokenizer {len(tokenizer)} tokens, so there is no free row "
+            "for a video token; name a token that prompts never use with video_token=."
+        )
+    tokenizer.add_tokens(AddedToken(wanted, special=True, normalized=False))
+    return wanted
+
+
+def _frame_inputs(image_llm: ImageLLM, model: PreTrainedModel, image_processor) -> list[str]:
+    """What the image processor gives beside the pixels and the base's vision encoder asks for."""
+    parameters = inspect.signature(image_llm.features).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        parameters = inspect.signature(model.get_image_features).parameters
+    return [name for name in image_processor.model_input_names if name != "pixel_values" and name in parameters]
+
+
+__all__ = ["load_image_llm", "wrap"]

@@ -1,0 +1,371 @@
+"""LinVTForConditionalGeneration: an image-LLM that reads videos as a few linear combinations of its own tokens."""
+
+import inspect
+import shutil
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
+
+from .configuration_linvt import LinVTConfig
+from .image_llm import build_image_llm, features_per_frame, image_llm_of
+from .model_card import model_card
+from .video_tokenizer import LinearVideoTokenizer, LinVTPreTrainedModel
+
+if TYPE_CHECKING:
+    # Not used here: transformers copies the files it finds in relative imports, and these travel with a model too.
+    from .pipeline_linvt import VideoQuestionAnsweringPipeline  # noqa: F401
+    from .processing_linvt import LinVTProcessor  # noqa: F401
+
+logger = logging.get_logger(__name__)
+
+_MODEL = "modeling_linvt.LinVTForConditionalGeneration"
+AUTO_MAP = {
+    "AutoConfig": "configuration_linvt.LinVTConfig",
+    "AutoModel": _MODEL,
+    "AutoModelForImageTextToText": _MODEL,
+    "AutoModelForMultimodalLM": _MODEL,
+    "AutoModelForCausalLM": _MODEL,
+    "AutoProcessor": "processing_linvt.LinVTProcessor",
+}
+CUSTOM_PIPELINES = {
+    "video-question-answering": {
+        "impl": "pipeline_linvt.VideoQuestionAnsweringPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+    }
+}
+VIDEO_INPUTS = ("pixel_values_videos", "num_frames", "frame_times", "question_ids", "question_mask")
+FRAME_PREFIX = "frames_"  # what the base's image processor gave beside the pixels of the frames
+
+
+@dataclass
+class VideoFeatures(ModelOutput):
+    """
+    pooler_output: [V, M, D], the tokens of each video.
+    weights: for each video W, [M, T, N], whose rows weigh its frames' own tokens; only when asked for.
+    scores: for each video [T, N], the significance of its tokens as logits.
+    """
+
+    pooler_output: Tensor | None = None
+    weights: list[Tensor] | None = None
+    scores: list[Tensor] | None = None
+
+
+class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
+    """
+    An image-LLM wrapped with LinVT: texts, images and videos in any mix, text out.
+
+    Videos go through the base's vision encoder and projector frame by frame, then through `video_tokenizer`; the result
+    takes the place of the video tokens among the prompt's embeddings. Without a video the call is the base's own.
+
+    Args:
+        config: `LinVTConfig` with a `base_config`.
+        base: the image-LLM itself, if it is already there; by default it is built from `config.base_config`.
+    """
+
+    main_input_name = "input_ids"
+    input_modalities = ("image", "video", "text")
+
+    def __init__(self, config: LinVTConfig, base: PreTrainedModel | None = None):
+        super().__init__(config)
+        if config.base_config is None:
+            raise ValueError("LinVTConfig has no base_config, so there is no image-LLM to build; give base_config.")
+        self.base = build_image_llm(config.base_config) if base is None else base
+        self.video_tokenizer = LinearVideoTokenizer(config)
+        self.image_llm = image_llm_of(config.base_config)
+        self.post_init()
+
+    @classmethod
+    def from_image_llm(cls, base: PreTrainedModel, video_token_id: int, **settings) -> "LinVTForConditionalGeneration":
+        """
+        Wraps an image-LLM, whose weights stay as and where they are, with a fresh video tokenizer.
+
+        Args:
+            base: the image-LLM, a transformers image-text-to-text model.
+            video_token_id: an id of its vocabulary that prompts do not otherwise use.
+            settings: any field of `LinVTConfig`.
+        """
+        model = cls(LinVTConfig(base_config=base.config, video_token_id=video_token_id, **settings), base=base)
+        model.video_tokenizer.to(device=base.device, dtype=base.dtype)
+        model.config.dtype = base.dtype
+        model.generation_config = deepcopy(base.generation_config)
+        # A sampled placeholder would ask for a video that is not there.
+        model.generation_config.suppress_tokens = [*(base.generation_config.suppress_tokens or []), video_token_id]
+        if model.image_llm.lost:
+            logger.warning(model.image_llm.lost)
+        return model
+
+    # ---- the base's parts ----
+
+    def get_input_embeddings(self):
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.base.set_output_embeddings(value)
+
+    def get_image_features(self, *args, **kwargs):
+        """The base's visual tokens for still images; its own arguments and output."""
+        return self.base.get_image_features(*args, **kwargs)
+
+    # ---- videos ----
+
+    def get_video_features(
+        self,
+        pixel_values_videos: Tensor,
+        num_frames: Tensor | list[int],
+        frame_times: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        output_weights: bool = False,
+        **frame_inputs: Tensor,
+    ) -> VideoFeatures:
+        """
+        The tokens of some videos, each conditioned on its question.
+
+        Args:
+            pixel_values_videos: the frames of all videos one after another, as the processor gives them.
+            num_frames: [V], frames of each video.
+            frame_times: [V, max T], seconds of each frame; padding is ignored.
+            question_ids, question_mask: [V, L], each video's question as token ids, and True (or 1) for real words.
+                Without them the tokens depend on the video alone.
+            output_weights: also return W.
+            frame_inputs: `frames_<name>` for each further input of the base's vision encoder, one entry a frame.
+        """
+        counts = num_frames.tolist() if isinstance(num_frames, Tensor) else list(num_frames)
+        inputs = {name.removeprefix(FRAME_PREFIX): value for name, value in frame_inputs.items()}
+        tokens = self.image_llm.encode_frames(
+            self.base, pixel_values_videos, inputs, sum(counts), self.config.frames_per_chunk
+        )
+        videos = features_per_frame(tokens, counts)  # V tensors [T, N, D]
+        starts = [sum(counts[:index]) for index in range(len(counts))]
+        grids = [self.image_llm.grid(v.shape[1], inputs, start) for v, start in zip(videos, starts, strict=True)]
+        text = None if question_ids is None else self.get_input_embeddings()(question_ids.to(self.base.device))
+
+        rows: list[tuple] = [()] * len(videos)
+        for grid in dict.fromkeys(grids):  # videos whose frames have the same shape make one batch
+            members = [index for index, other in enumerate(grids) if other == grid]
+            lengths = [counts[index] for index in members]
+            device = videos[members[0]].device
+            chosen = torch.tensor(members, device=device)
+            out = self.video_tokenizer(
+                pad_sequence([videos[index] for index in members], batch_first=True),
+                frame_mask=None if len(set(lengths)) == 1 else _mask(lengths, device),
+                frame_times=None if frame_times is None else frame_times.to(device)[chosen, : max(lengths)],
+                text_embeds=None if text is None else text.to(device)[chosen],
+                text_mask=None if text is None or question_mask is None else question_mask.to(device)[chosen],
+                output_weights=output_weights,
+                grid=grid,
+            )
+            for row, (index, length) in enumerate(zip(members, lengths, strict=True)):
+                weights = None
+                if output_weights:
+                    weights = out.weights[row].unflatten(-1, (-1, videos[index].shape[1]))[:, :length]
+                rows[index] = (out.video_tokens[row], weights, out.scores[row, :length])
+        video_tokens, weights, scores = zip(*rows, strict=True)
+        return VideoFeatures(torch.stack(video_tokens), list(weights) if output_weights else None, list(scores))
+
+    @staticmethod
+    def take_video_inputs(inputs: dict) -> dict:
+        """Takes what `get_video_features` needs out of a model's inputs; nothing if they hold no video."""
+        names = [name for name in inputs if name in VIDEO_INPUTS or name.startswith(FRAME_PREFIX)]
+        videos = {name: inputs.pop(name) for name in names}
+        return videos if videos.get("pixel_values_videos") is not None else {}
+
+    def _embed(self, input_ids: Tensor | None, video_embeds: Tensor) -> Tensor:
+        """The prompt's embeddings, [B, S, D], with the videos' tokens in their places."""
+        if input_ids is None:
+            raise ValueError("Videos need input_ids, which say where their tokens go; inputs_embeds alone do not.")
+        embeds = self.get_input_embeddings()(input_ids)
+        placeholder = (input_ids == self.config.video_token_id).to(embeds.device)
+        if not torch.compiler.is_compiling() and (found := int(placeholder.sum())) != video_embeds.shape[:2].numel():
+            raise ValueError(
+                f"The prompts hold {found} video tokens, but {len(video_embeds)} videos of {video_embeds.shape[1]} tokens "
+                f"make {video_embeds.shape[:2].numel()}; pass the processor's output unchanged, one video a placeholder."
+            )
+        return embeds.masked_scatter(placeholder[..., None], video_embeds.to(embeds))
+
+    # ---- one path for training, scoring and generation ----
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        num_frames: Tensor | None = None,
+        frame_times: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        video_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> ModelOutput:
+        """
+        Logits, and the loss if `labels` are given, as the base returns them.
+
+        Args:
+            input_ids: [B, S]; each video holds M places of `config.video_token_id`, in the order of the videos.
+            pixel_values_videos, num_frames, frame_times, question_ids, question_mask: see `get_video_features`.
+            video_embeds: [V, M, D], the videos' tokens, if they are already there.
+            kwargs: the base's inputs for images (`pixel_values` and so on), and `frames_*` for videos.
+
+        Raises `ValueError` when videos and places for them do not match.
+        """
+        frame_inputs = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(FRAME_PREFIX)}
+        if pixel_values_videos is not None and video_embeds is None:
+            video_embeds = self.get_video_features(
+                pixel_values_videos, num_frames, frame_times, question_ids, question_mask, **frame_inputs
+            ).pooler_output
+        if video_embeds is not None:
+            inputs_embeds = self._embed(input_ids, video_embeds)
+            if position_ids is None:
+                position_ids = self._positions(input_ids, attention_mask, past_key_values, kwargs)
+            input_ids = None
+        return self.base(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **self._known_to_base(kwargs),
+        )
+
+    def _positions(self, input_ids, attention_mask, past_key_values, kwargs) -> Tensor:
+        """The base's own positions for a prompt; its video tokens count as text (one dimension of M-RoPE)."""
+        known = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            **kwargs,
+        }
+        positions = self.base._prepare_position_ids_for_generation(input_ids, known)
+        return positions[..., -input_ids.shape[1] :]
+
+    def _known_to_base(self, kwargs: dict) -> dict:
+        """Drops what only other bases' processors are asked for, such as token type ids."""
+        named = inspect.signature(self.base.forward).parameters
+        optional = ("token_type_ids", "mm_token_type_ids")
+        return {name: value for name, value in kwargs.items() if name in named or name not in optional}
+
+    # ---- generation: the base prepares its own steps, LinVT adds the videos to the first ----
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+        """`GenerationMixin.generate` with videos: they are encoded once, before beams or samples are spread."""
+        videos = self.take_video_inputs(kwargs)
+        if videos and kwargs.get("video_embeds") is None:
+            kwargs["video_embeds"] = self.get_video_features(**videos).pooler_output
+        return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, video_embeds=None, is_first_iteration=False, use_cache=True, **kwargs
+    ):
+        model_inputs = self.base.prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        if video_embeds is not None and (is_first_iteration or not use_cache):
+            model_inputs["video_embeds"] = video_embeds
+        return model_inputs
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        return self.base._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+    def _update_model_kwargs_for_generation(self, *args, **kwargs):
+        return self.base._update_model_kwargs_for_generation(*args, **kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        video_embeds = model_kwargs.pop("video_embeds", None)
+        if video_embeds is not None and expand_size > 1:
+            per_sample = (input_ids == self.config.video_token_id).sum(dim=1) // self.config.num_video_tokens
+            samples = video_embeds.split(per_sample.tolist())
+            video_embeds = torch.cat([sample for sample in samples for _ in range(expand_size)])
+        input_ids, model_kwargs = self.base._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if video_embeds is not None:
+            model_kwargs["video_embeds"] = video_embeds
+        return input_ids, model_kwargs
+
+    def _validate_model_kwargs(self, model_kwargs):
+        known = inspect.signature(self.base.forward).parameters
+        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in known})
+
+    # ---- folders ----
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """
+        `PreTrainedModel.from_pretrained`, except that a checkpoint which does not fit is an error.
+
+        Raises `ValueError` with the names of missing or unexpected tensors: a model that runs on weights nobody trained
+        must not look like one that was loaded.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        problems = {kind: sorted(info.get(f"{kind}_keys") or ()) for kind in ("missing", "unexpected")}
+        if any(problems.values()):
+            listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+            raise ValueError(f"The tensors in {pretrained_model_name_or_path} do not fit its config ({listed}).")
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, processor=None, **kwargs):
+        """
+        Saves a complete Hub folder: weights, config, all code a process without this package needs, a model card, and
+        the processor if it is given.
+        """
+        # The config's maps may name the repo a model came from; the new folder brings its own code.
+        self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = deepcopy(CUSTOM_PIPELINES)
+        repo_id = kwargs.pop("repo_id", Path(save_directory).name) if kwargs.pop("push_to_hub", False) else None
+        super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            self._complete_folder(Path(save_directory), processor)
+        if repo_id is not None:  # only now is the folder whole
+            self.push_to_hub(repo_id)
+
+    def _complete_folder(self, folder: Path, processor) -> None:
+        for source in (Path(__file__), *map(Path, get_relative_import_files(__file__))):
+            if source.resolve() != (folder / source.name).resolve():
+                shutil.copy(source, folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        card = folder / "README.md"
+        if not card.exists():
+            card.write_text(model_card(self.config), encoding="utf-8")
+
+
+def _mask(lengths: list[int], device: torch.device) -> Tensor:
+    """[B, max T], True for the first `lengths[b]` frames."""
+    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+
+
+AutoConfig.register(LinVTConfig.model_type, LinVTConfig, exist_ok=True)
+AutoModel.register(LinVTConfig, LinVTForConditionalGeneration, exist_ok=True)
+AutoModelForImageTextToText.register(LinVTConfig, LinVTForConditionalGeneration, exist_ok=True)
+
+__all__ = ["LinVTForConditionalGeneration", "VideoFeatures"]

@@ -1,0 +1,418 @@
+"""
+The Linear Video Tokenizer of LinVT (arXiv 2412.05185): SVR (SSS, top-k, MTP) and TTA.
+
+A video's visual tokens V, [T frames, N tokens, D], become M tokens, each a convex combination of V's own. Everything
+that is learned works in a bottleneck of width d and ends in weights; the values those weights mix are V, untouched:
+
+    SpatioTemporalRefiner (SVR)   score every token in its frame and across frames (SSS), keep the k best (top-k),
+                                  average neighbours at several scales (MTP)
+    TextConditionedAggregator (TTA)   queries read themselves, the kept tokens and the question, then weigh the tokens
+    out = W @ V                   rows of W are non-negative and sum to 1
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import ModelOutput
+
+from .configuration_linvt import LinVTConfig, square_grid
+
+
+@dataclass
+class VideoTokenizerOutput(ModelOutput):
+    """
+    video_tokens: [B, M, D], what the LLM reads.
+    weights: [B, M, T * N], W of `video_tokens == weights @ visual_tokens`; only when asked for.
+    scores: [B, T, N] float32, the significance that SSS gave each token, as a logit.
+    """
+
+    video_tokens: Tensor | None = None
+    weights: Tensor | None = None
+    scores: Tensor | None = None
+
+
+class PlaceEmbedding(nn.Module):
+    """Continuous places, [..., axes] in 0..1, to vectors of width d: sines and cosines, then a linear map."""
+
+    BANDS, FASTEST = 16, 256.0  # ours: tells neighbouring frames apart up to about 512 of them
+
+    def __init__(self, axes: int, size: int):
+        super().__init__()
+        self.linear = nn.Linear(2 * self.BANDS * axes, size)
+
+    def forward(self, places: Tensor) -> Tensor:  # [..., axes] -> [..., d]
+        exponents = torch.linspace(-1.0, math.log2(self.FASTEST), self.BANDS, device=places.device)
+        angles = 2 * math.pi * places.float()[..., None] * exponents.exp2()  # [..., axes, bands]
+        waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+        return self.linear(waves.to(self.linear.weight.dtype))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of width d. `eager` and `sdpa` give the same numbers; `config` says which is used."""
+
+    def __init__(self, config: LinVTConfig):
+        super().__init__()
+        self.config = config
+        size = config.bottleneck_size
+        self.query, self.key = nn.Linear(size, size), nn.Linear(size, size)
+        self.value, self.output = nn.Linear(size, size), nn.Linear(size, size)
+
+    def forward(self, x: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:
+        """x [B, Q, d] reads context [B, K, d] where context_mask [B, K] is True; gives [B, Q, d]."""
+        heads = self.config.num_heads
+        query = rearrange(self.query(x), "b q (h c) -> b h q c", h=heads)
+        key = rearrange(self.key(context), "b k (h c) -> b h k c", h=heads)
+        value = rearrange(self.value(context), "b k (h c) -> b h k c", h=heads)
+        mask = None if context_mask is None else context_mask[:, None, None, :]  # [B, 1, 1, K]
+        if self.config._attn_implementation == "eager":
+            logits = query.float() @ key.float().transpose(-1, -2) / math.sqrt(key.shape[-1])
+            if mask is not None:
+                logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+            mixed = logits.softmax(dim=-1).to(value.dtype) @ value
+        else:  # flash kernels take no such masks; SDPA picks its own fused kernel
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.output(rearrange(mixed, "b h q c -> b q (h c)"))
+
+
+class FeedForward(nn.Sequential):
+    def __init__(self, config: LinVTConfig):
+        size = config.bottleneck_size
+        super().__init__(
+            nn.LayerNorm(size),
+            nn.Linear(size, config.mlp_ratio * size),
+            nn.GELU(),
+            nn.Linear(config.mlp_ratio * size, size),
+        )
+
+
+class ScoringLayer(nn.Module):
+    """One layer of SSS: attention inside each frame, attention of each place across frames, feed-forward."""
+
+    def __init__(self, config: LinVTConfig):
+        super().__init__()
+        self.spatial_norm, self.spatial = nn.LayerNorm(config.bottleneck_size), Attention(config)
+        self.temporal_norm, self.temporal = nn.LayerNorm(config.bottleneck_size), Attention(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, frame_mask: Tensor | None) -> Tensor:  # [B, T, N, d], [B, T]
+        batch, frames, places, _ = x.shape
+        inside = rearrange(self.spatial_norm(x), "b t n d -> (b t) n d")
+        x = x + rearrange(self.spatial(inside, inside), "(b t) n d -> b t n d", b=batch)
+        across = rearrange(self.temporal_norm(x), "b t n d -> (b n) t d")
+        mask = None if frame_mask is None else repeat(frame_mask, "b t -> (b n) t", n=places)
+        x = x + rearrange(self.temporal(across, across, mask), "(b n) t d -> b t n d", b=batch)
+        return x + self.feed_forward(x)
+
+
+class SignificanceScorer(nn.Module):
+    """SSS: a logit for every token of a video, and the features it came from."""
+
+    def __init__(self, config: LinVTConfig):
+        super().__init__()
+        self.project = nn.Linear(config.hidden_size, config.bottleneck_size)
+        self.embed_time = PlaceEmbedding(1, config.bottleneck_size)
+        self.embed_place = PlaceEmbedding(2, config.bottleneck_size)
+        self.layers = nn.ModuleList(ScoringLayer(config) for _ in range(config.num_scoring_layers))
+        self.norm = nn.LayerNorm(config.bottleneck_size)
+        self.score = nn.Linear(config.bottleneck_size, 1)
+
+    def forward(self, visual_tokens: Tensor, frame_mask: Tensor | None, times: Tensor, grid: Tensor):
+        # [B, T, N, D], [B, T], [B, T], [N, 2] -> features [B, T, N, d], scores [B, T, N]
+        # Dividing by the root mean square makes the features independent of the base's scale, and dividing after the
+        # projection spares a normalised copy of V.
+        rms = torch.linalg.vector_norm(visual_tokens, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = math.sqrt(visual_tokens.shape[-1]) / rms.clamp(min=1e-6)
+        x = F.linear(visual_tokens, self.project.weight) * scale.to(visual_tokens.dtype) + self.project.bias
+        x = x + self.embed_time(times[..., None])[:, :, None] + self.embed_place(grid)
+        for layer in self.layers:
+            x = layer(x, frame_mask)
+        x = self.norm(x)
+        return x, self.score(x).squeeze(-1).float()
+
+
+def select_top_k(scores: Tensor, frame_mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """
+    The k best tokens over all frames and places together, back in the video's order.
+
+    Args:
+        scores: [B, T, N]. frame_mask: [B, T], True for real frames.
+    Returns index [B, min(k, T * N)] into the flattened T * N, and a mask that is False where a video has fewer tokens.
+    """
+    batch, frames, places = scores.shape
+    count = frames * places
+    order = torch.arange(count, device=scores.device)
+    # Ties, and the near-ties of an untrained scorer, are broken by a sequence that spreads evenly over the video
+    # (multiples of the golden ratio, in 16 bits), so that a fresh model samples every moment (ours).
+    ranking = scores.detach().flatten(1) + 0.01 * (order * 40503 % 65536) / 65536
+    if frame_mask is None:
+        index = ranking.topk(min(k, count)).indices.sort().values
+        return index, torch.ones_like(index, dtype=torch.bool)
+    real = repeat(frame_mask, "b t -> b (t n)", n=places)
+    index = ranking.masked_fill(~real, -torch.inf).topk(min(k, count)).indices
+    mask = real.gather(1, index)
+    index = torch.where(mask, index, index + count).sort().values  # padding goes last, whatever its place
+    return index % count, index < count
+
+
+class PoolingWindows:
+    """
+    MTP at one scale: average pooling of neighbouring tokens, as weights that go both ways.
+
+    `share` [B, W, s] holds what each token contributes to its window of s; the last window may be shorter, and padding
+    contributes nothing. `mask` [B, W] is True for windows that hold a token.
+    """
+
+    def __init__(self, token_mask: Tensor, kernel: int):
+        self.length = token_mask.shape[1]
+        windows = rearrange(F.pad(token_mask, (0, -self.length % kernel)), "b (w s) -> b w s", s=kernel)
+        count = windows.sum(dim=-1, keepdim=True)
+        self.mask = count[..., 0] > 0
+        self.share = windows / count.clamp(min=1)
+        self.kernel = kernel
+
+    def pool(self, x: Tensor) -> Tensor:  # [B, k, c] -> [B, W, c]
+        if self.kernel == 1:
+            return x
+        x = F.pad(x, (0, 0, 0, -self.length % self.kernel))
+        return torch.einsum(
+            "bws,bwsc->bwc", self.share.to(x.dtype), rearrange(x, "b (w s) c -> b w s c", s=self.kernel)
+        )
+
+    def spread(self, weights: Tensor) -> Tensor:  # [B, M, W] -> [B, M, k]: weights of windows as weights of tokens
+        return rearrange(weights[..., None] * self.share[:, None], "b m w s -> b m (w s)")[..., : self.length]
+
+
+class AggregationLayer(nn.Module):
+    """One layer of TTA: queries read each other, the visual tokens of their own scale, and the question."""
+
+    def __init__(self, config: LinVTConfig):
+        super().__init__()
+        self.self_norm, self.self_attention = nn.LayerNorm(config.bottleneck_size), Attention(config)
+        self.visual_norm, self.visual_attention = nn.LayerNorm(config.bottleneck_size), Attention(config)
+        self.text_norm, self.text_attention = nn.LayerNorm(config.bottleneck_size), Attention(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self, queries: Tensor, scales: list[tuple[Tensor, Tensor]], text: Tensor, text_mask: Tensor | None, sizes
+    ):
+        x = self.self_norm(queries)
+        queries = queries + self.self_attention(x, x)
+        parts = self.visual_norm(queries).split(sizes, dim=1)
+        read = [self.visual_attention(part, tokens, mask) for part, (tokens, mask) in zip(parts, scales, strict=True)]
+        queries = queries + torch.cat(read, dim=1)
+        queries = queries + self.text_attention(self.text_norm(queries), text, text_mask)
+        return queries + self.feed_forward(queries)
+
+
+class TextConditionedAggregator(nn.Module):
+    """TTA: scale-specific queries, conditioned on the question, weigh the selected tokens."""
+
+    def __init__(self, config: LinVTConfig):
+        super().__init__()
+        self.config = config
+        count, size = config.num_video_tokens, config.bottleneck_size
+        self.queries = nn.Parameter(torch.empty(count, size))
+        # A query starts as a cell of the video: it prefers tokens near its centre, and training may move it (ours).
+        self.centers = nn.Parameter(torch.empty(count, 3))
+        self.log_widths = nn.Parameter(torch.empty(count, 3))
+        self.embed_center = PlaceEmbedding(3, size)
+        self.project_text = nn.Linear(config.hidden_size, size)
+        self.text_norm = nn.LayerNorm(size)
+        self.embed_word_order = PlaceEmbedding(1, size)
+        self.no_text = nn.Parameter(torch.empty(size))  # always readable, so a video without a question has a key too
+        self.layers = nn.ModuleList(AggregationLayer(config) for _ in range(config.num_aggregation_layers))
+        self.query_norm, self.to_query = nn.LayerNorm(size), nn.Linear(size, size)
+        self.to_key = nn.Linear(size, size)
+
+    def read_text(
+        self, batch: int, text_embeds: Tensor | None, text_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, L, D] and [B, L] -> [B, 1 + L, d] and [B, 1 + L]; without text only the `no_text` key."""
+        text = self.no_text.expand(batch, 1, -1)
+        if text_embeds is None or not self.config.text_conditioning:
+            return text, None
+        if text_mask is None:
+            text_mask = text_embeds.new_ones(text_embeds.shape[:2], dtype=torch.bool)
+        text_mask = text_mask.bool()
+        position = (text_mask.cumsum(dim=1) - 0.5) / 256  # counted over real words: padding on either side is harmless
+        words = self.text_norm(self.project_text(text_embeds)) + self.embed_word_order(position[..., None])
+        return torch.cat([text, words], dim=1), F.pad(text_mask, (1, 0), value=True)
+
+    def forward(self, tokens: Tensor, mask: Tensor, places: Tensor, scores: Tensor, text_embeds, text_mask) -> Tensor:
+        # tokens [B, k, d], mask [B, k], places [B, k, 3], scores [B, k] -> weights [B, M, k]
+        windows = [PoolingWindows(mask, kernel) for kernel in self.config.pooling_scales]
+        features = [window.pool(tokens) for window in windows]
+        text, text_mask = self.read_text(len(tokens), text_embeds, text_mask)
+        queries = (self.queries + self.embed_center(self.centers)).expand(len(tokens), -1, -1)  # [B, M, d]
+        sizes = self.config.queries_per_scale
+        visual = [(x, window.mask) for x, window in zip(features, windows, strict=True)]
+        for layer in self.layers:
+            queries = layer(queries, visual, text, text_mask, sizes)
+
+        # Linear aggregation: one softmax over the tokens for each query, in float32, and nothing after it but V.
+        queries = self.to_query(self.query_norm(queries)).float() / math.sqrt(queries.shape[-1])
+        significance = scores.sigmoid()[..., None]
+        weights = []
+        for part, center, log_width, x, window in zip(
+            queries.split(sizes, dim=1),
+            self.centers.split(sizes),
+            self.log_widths.split(sizes),
+            features,
+            windows,
+            strict=True,
+        ):
+            offset = window.pool(places)[:, None] - center.float()[:, None]  # [B, M_s, W, 3]
+            logits = part @ self.to_key(x).float().transpose(1, 2)  # [B, M_s, W]
+            logits = logits - 0.5 * (offset / log_width.float().exp()[:, None]).square().sum(dim=-1)
+            # The gradient path of the scores: a token that SSS finds insignificant weighs less (ours).
+            logits = logits + window.pool(significance).clamp(min=1e-6).log().transpose(1, 2)
+            logits = logits.masked_fill(~window.mask[:, None], torch.finfo(logits.dtype).min)
+            weights.append(window.spread(logits.softmax(dim=-1)))
+        return torch.cat(weights, dim=1)
+
+
+class LinVTPreTrainedModel(PreTrainedModel):
+    """What LinVT's modules share as transformers models: config, initialisation, attention backends."""
+
+    config_class = LinVTConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LinearVideoTokenizer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=std)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, SignificanceScorer):
+            # Nearly equal scores at first: what a random scorer would throw away is not yet worth throwing away (ours).
+            init.normal_(module.score.weight, std=1e-4)
+            init.zeros_(module.score.bias)
+        elif isinstance(module, TextConditionedAggregator):
+            centers, widths = zip(*self.config.query_cells(), strict=True)
+            init.normal_(module.queries, std=std)
+            init.normal_(module.no_text, std=std)
+            init.copy_(module.centers, torch.tensor(centers))
+            init.copy_(module.log_widths, torch.tensor(widths).log())
+
+
+class LinearVideoTokenizer(LinVTPreTrainedModel):
+    """
+    LinVT's module: the visual tokens of a video's frames in, a few linear combinations of them out.
+
+    Args:
+        config: `LinVTConfig`; on its own (without `base_config`) it needs `hidden_size`, the width D of the tokens.
+    """
+
+    main_input_name = "visual_tokens"
+
+    def __init__(self, config: LinVTConfig):
+        super().__init__(config)
+        if config.hidden_size is None:
+            raise ValueError("LinVTConfig has neither base_config nor hidden_size; give hidden_size, the LLM's width.")
+        self.scorer = SignificanceScorer(config)
+        self.aggregator = TextConditionedAggregator(config)
+        self.post_init()
+
+    def forward(
+        self,
+        visual_tokens: Tensor,
+        frame_mask: Tensor | None = None,
+        frame_times: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        output_weights: bool = False,
+        *,
+        grid: tuple[int, int] | None = None,
+    ) -> VideoTokenizerOutput:
+        """
+        Args:
+            visual_tokens: [B, T, N, D], the image-LLM's own tokens of each frame, after its projector.
+            frame_mask: [B, T], True (or 1) for real frames; needed where videos of one batch differ in length.
+            frame_times: [B, T], seconds. Without them frames count as evenly spaced.
+            text_embeds: [B, L, D], the question in the LLM's input embeddings; None for the text-free mode.
+            text_mask: [B, L], True (or 1) for real words.
+            output_weights: also return W, [B, M, T * N].
+            grid: rows and columns of a frame's tokens, N = rows * columns; a square if N allows, else one row.
+        """
+        batch, frames, places, _ = visual_tokens.shape
+        rows, columns = grid or square_grid(places)
+        if rows * columns != places:
+            raise ValueError(f"grid {rows} x {columns} does not hold the {places} tokens of a frame.")
+        frame_mask = None if frame_mask is None else frame_mask.bool()
+        device = visual_tokens.device
+        times = normalise_times(frame_times, frame_mask, batch, frames, device)  # [B, T]
+        centers = ((torch.arange(side, device=device) + 0.5) / side for side in (rows, columns))
+        grid_places = torch.cartesian_prod(*centers).view(places, 2)  # [N, 2]
+
+        features, scores = self.scorer(visual_tokens, frame_mask, times, grid_places)
+        index, mask = select_top_k(scores, frame_mask, self.config.num_selected_tokens)  # [B, k]
+
+        place = torch.cat(
+            [times.gather(1, index // places)[..., None], grid_places[index % places]], dim=-1
+        )  # [B, k, 3]
+        weights = self.aggregator(
+            take(features, index), mask, place, scores.flatten(1).gather(1, index), text_embeds, text_mask
+        )  # [B, M, k]
+        weights = weights.to(visual_tokens.dtype)
+        return VideoTokenizerOutput(
+            video_tokens=weights @ take(visual_tokens, index),
+            weights=_scatter(weights, index, frames * places) if output_weights else None,
+            scores=scores,
+        )
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:  # [B, T, N, c], [B, k] -> [B, k, c]
+    return tokens.flatten(1, 2).gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def normalise_times(
+    frame_times: Tensor | None, frame_mask: Tensor | None, batch: int, frames: int, device: torch.device
+) -> Tensor:
+    """
+    Each frame's moment as a fraction of its video, [B, T] float32 in 0..1.
+
+    A frame stands for the stretch of time around it, so T evenly spaced frames lie at (i + 0.5) / T, with times or
+    without. Padding frames get a value too; nothing reads it.
+    """
+    order = torch.arange(frames, device=device, dtype=torch.float32).expand(batch, -1)
+    if frame_mask is None:
+        count = torch.full((batch, 1), float(frames), device=device)
+    else:
+        order = frame_mask.cumsum(dim=1).float() - 1
+        count = frame_mask.sum(dim=1, keepdim=True).float()
+    even = (order + 0.5) / count
+    if frame_times is None:
+        return even.clamp(0, 1)
+    times = frame_times.float()
+    real = torch.ones_like(times, dtype=torch.bool) if frame_mask is None else frame_mask
+    first = times.masked_fill(~real, torch.inf).amin(dim=1, keepdim=True)
+    last = times.masked_fill(~real, -torch.inf).amax(dim=1, keepdim=True)
+    span = (last - first) * count / (count - 1).clamp(min=1)
+    fraction = (times - first) / span.clamp(min=1e-6) + 0.5 / count
+    return torch.where(span > 0, fraction, even).clamp(0, 1)
+
+
+def _scatter(weights: Tensor, index: Tensor, count: int) -> Tensor:  # [B, M, k], [B, k] -> [B, M, count]
+    # Padding points at real places with weight 0, hence add.
+    full = weights.new_zeros(*weights.shape[:2], count)
+    return full.scatter_add(2, index[:, None].expand_as(weights), weights)
+
+
+__all__ = ["LinVTPreTrainedModel", "LinearVideoTokenizer", "VideoTokenizerOutput"]
