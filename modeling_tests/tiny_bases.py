@@ -62,7 +62,6 @@ class TinyBase:
     image_token: str = "<image>"
     special: dict = field(default_factory=dict)  # named special tokens beside the usual ones
     chat_template: str = CHATML
-    tokens_per_frame: int | None = None  # of the 40 x 56 frames that tests use
 
 
 def tiny_tokenizer(base: TinyBase) -> PreTrainedTokenizerFast:
@@ -132,7 +131,6 @@ def _internvl(text: dict) -> TinyBase:
             "context_image_token": "<IMG_CONTEXT>",
             "video_token": "<video>",
         },
-        tokens_per_frame=4,
     )
 
 
@@ -207,7 +205,6 @@ TINY_BASES: dict[str, TinyBase] = {
             "vision_feature_select_strategy": "full",
         },
         special={"video_token": "<video>"},
-        tokens_per_frame=4,
     ),
     "mipha": TinyBase(
         config="MiphaConfig",
@@ -220,7 +217,6 @@ TINY_BASES: dict[str, TinyBase] = {
         image_processor=_clip_like("SiglipImageProcessor"),
         processor={"processor_class": "LlavaProcessor", "patch_size": 7, "vision_feature_select_strategy": "full"},
         chat_template=VICUNA,
-        tokens_per_frame=16,
     ),
     "llava": TinyBase(
         config="LlavaConfig",
@@ -238,7 +234,6 @@ TINY_BASES: dict[str, TinyBase] = {
             "num_additional_image_tokens": 1,
         },
         chat_template=VICUNA,
-        tokens_per_frame=16,
     ),
     "smolvlm": TinyBase(
         config="SmolVLMConfig",
@@ -257,7 +252,6 @@ TINY_BASES: dict[str, TinyBase] = {
         ),
         processor={"processor_class": "SmolVLMProcessor", "image_seq_len": 4},
         special=_IDEFICS_TOKENS,
-        tokens_per_frame=4,
     ),
     "idefics3": TinyBase(
         config="Idefics3Config",
@@ -276,7 +270,6 @@ TINY_BASES: dict[str, TinyBase] = {
         ),
         processor={"processor_class": "Idefics3Processor", "image_seq_len": 4},
         special=_IDEFICS_TOKENS,
-        tokens_per_frame=4,
     ),
     "gemma3": TinyBase(
         config="Gemma3Config",
@@ -293,7 +286,6 @@ TINY_BASES: dict[str, TinyBase] = {
         image_token="<image_soft_token>",
         special={"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
         chat_template=CHATML.replace("IMAGE", "<start_of_image>"),
-        tokens_per_frame=4,
     ),
     "paligemma": TinyBase(
         config="PaliGemmaConfig",
@@ -307,7 +299,6 @@ TINY_BASES: dict[str, TinyBase] = {
         image_processor=_clip_like("SiglipImageProcessor", image_seq_length=16),
         processor={"processor_class": "PaliGemmaProcessor"},
         chat_template=VICUNA,
-        tokens_per_frame=16,
     ),
     "mistral3": TinyBase(
         config="Mistral3Config",
@@ -382,6 +373,9 @@ TINY_LINVT = {
     "queries_per_scale": [4, 2, 2],
     "frames_per_chunk": 3,
 }
+# Frame sizes below the base's own least, to keep tests quick.
+_QWEN_FRAMES = {"size": {"shortest_edge": 28 * 28, "longest_edge": 56 * 84}}
+TINY_FRAMES = {"qwen2_vl": _QWEN_FRAMES, "qwen3_vl": _QWEN_FRAMES}
 
 
 def tiny_config(name: str):

@@ -1,6 +1,7 @@
 """LinVTConfig: which image-LLM is wrapped, and every setting of the Linear Video Tokenizer."""
 
 import math
+from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -17,8 +18,8 @@ for _model_type, _config_class in OWN_CONFIGS.items():
 @strict
 class LinVTConfig(PreTrainedConfig):
     """
-    Settings of an image-LLM wrapped with LinVT (arXiv 2412.05185). Each default names its source: "paper" (its text and
-    figure), "authors' code" (development runs, may differ from the paper), or "ours".
+    Settings of an image-LLM wrapped with LinVT (arXiv 2412.05185). Each default names its source: "paper" (its text
+    and figure), "authors' code" (development runs, may differ from the paper), or "ours".
 
     Args:
         base_config: config of the wrapped image-LLM, as a config object or a dict with its `model_type`.
@@ -80,8 +81,9 @@ class LinVTConfig(PreTrainedConfig):
         counts = [self.num_selected_tokens, self.frames_per_chunk, *self.pooling_scales, *self.queries_per_scale]
         if min(counts) < 1:
             raise ValueError(
-                "num_selected_tokens, frames_per_chunk, pooling_scales and queries_per_scale must all be at least 1; got "
-                f"{self.num_selected_tokens}, {self.frames_per_chunk}, {self.pooling_scales}, {self.queries_per_scale}."
+                "num_selected_tokens, frames_per_chunk, pooling_scales and queries_per_scale must all be at least 1; "
+                f"got {self.num_selected_tokens}, {self.frames_per_chunk}, {self.pooling_scales}, "
+                f"{self.queries_per_scale}."
             )
         if self.bottleneck_size % self.num_heads:
             raise ValueError(
@@ -96,6 +98,13 @@ class LinVTConfig(PreTrainedConfig):
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The wrapped LLM's config, which generation and caches read."""
         return self if self.base_config is None else self.base_config.get_text_config(*args, **kwargs)
+
+    def to_dict(self) -> dict:
+        values = super().to_dict()
+        # A Hub id tells where the base came from; a folder's path only tells about somebody's machine.
+        if values.get("base_config") and not is_hub_id(values["base_config"].get("_name_or_path", "")):
+            values["base_config"]["_name_or_path"] = ""
+        return values
 
     def query_cells(self) -> list[tuple[tuple[float, float, float], tuple[float, float, float]]]:
         """
@@ -114,6 +123,11 @@ class LinVTConfig(PreTrainedConfig):
                 row, column = divmod(place, side)
                 cells.append((((time + 0.5) / steps, (row + 0.5) / side, (column + 0.5) / side), widths))
         return cells
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is one of the Hub ("owner/name") rather than a folder."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
 def square_grid(num_tokens: int) -> tuple[int, int]:

@@ -5,8 +5,8 @@ from transformers import LlavaConfig
 
 class MiphaConfig(LlavaConfig):
     """
-    Config of a Mipha image-LLM (github.com/zhuyiche/llava-phi). LLaVA's fields with Mipha's values: features of SigLIP's
-    last layer but one, every patch kept, and a language-model head that has a bias.
+    Config of a Mipha image-LLM (github.com/zhuyiche/llava-phi). LLaVA's fields with Mipha's values: features of
+    SigLIP's last layer but one, every patch kept, and a language-model head that has a bias.
     """
 
     model_type = "mipha"

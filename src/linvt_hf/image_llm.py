@@ -7,6 +7,7 @@ differs has a subclass here that says only the difference; `BASES` finds it by m
 lacks has its own modeling file, listed in `OWN_MODELS`.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -71,8 +72,8 @@ class ImageLLM:
         rows = self.rows_per_frame(frame_inputs, num_frames)
         if sum(rows) != len(pixel_values):
             raise ValueError(
-                f"pixel_values_videos has {len(pixel_values)} rows, but num_frames asks for {sum(rows)}; pass both as the "
-                "processor gave them."
+                f"pixel_values_videos has {len(pixel_values)} rows, but num_frames asks for {sum(rows)}; pass both as "
+                "the processor gave them."
             )
         pixels = pixel_values.split([sum(rows[start : start + chunk]) for start in range(0, num_frames, chunk)])
         for index, part in enumerate(pixels):
@@ -113,7 +114,10 @@ class LlavaOnevision(ImageLLM):
     def features(self, base, pixel_values):
         pixel_values = pixel_values[:, 0] if pixel_values.ndim == 5 else pixel_values  # the whole frame, no tiles
         tokens = base.get_video_features(pixel_values[None], return_dict=True).pooler_output[0]
-        return tokens[:-1].unflatten(0, (len(pixel_values), -1))  # the last one is the newline that ends a video
+        side = base.config.vision_config.image_size // base.config.vision_config.patch_size
+        places = math.ceil(side / 2) ** 2
+        # The newline that ends a video comes last in newer transformers, and separately in older ones.
+        return tokens[: len(pixel_values) * places].unflatten(0, (-1, places))
 
 
 class Gemma3(ImageLLM):
@@ -174,8 +178,8 @@ def features_per_frame(tokens: list[Tensor], num_frames: list[int]) -> list[Tens
         sizes = {len(frame) for frame in frames}
         if len(sizes) > 1:
             raise ValueError(
-                f"Frames of one video have {min(sizes)} to {max(sizes)} visual tokens; they must all have the same size "
-                "in pixels."
+                f"Frames of one video have {min(sizes)} to {max(sizes)} visual tokens; they must all have the same "
+                "size in pixels."
             )
         videos.append(torch.stack(frames))
         start += count

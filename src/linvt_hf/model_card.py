@@ -1,5 +1,7 @@
 """The model card (README.md) of a folder with a LinVT model, from its config."""
 
+from .configuration_linvt import is_hub_id
+
 CARD = """---
 library_name: transformers
 pipeline_tag: video-text-to-text
@@ -38,21 +40,19 @@ files of this folder.
 """
 
 UNTRAINED = (
-    "None yet: the video tokenizer has its initial weights, which pool the frames in order. Answers about videos are the "
-    "image-LLM's reading of that summary."
+    "None yet: the video tokenizer has its initial weights, which pool the frames in order. Answers about videos are "
+    "the image-LLM's reading of that summary."
 )
 
 
 def model_card(config, *, repo: str = "path/to/this/folder", training: str = UNTRAINED) -> str:
     """A card in Markdown with Hub metadata. `repo`: what stands in the example; `training`: how LinVT was trained."""
-    base = config.base_config.name_or_path or config.base_config.model_type
-    # Only a Hub id makes a link; a folder's path belongs to somebody's machine.
-    is_hub_id = base.count("/") == 1 and not base.startswith((".", "/", "~"))
-    if not is_hub_id:
-        base = config.base_config.model_type
+    base = config.base_config.name_or_path
+    named = is_hub_id(base)
+    base = base if named else config.base_config.model_type
     return CARD.format(
         base=base,
-        base_line=f"base_model: {base}\n" if is_hub_id else "",
+        base_line=f"base_model: {base}\n" if named else "",
         base_type=config.base_config.model_type,
         repo=repo,
         training=training,

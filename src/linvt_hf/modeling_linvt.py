@@ -64,8 +64,9 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
     """
     An image-LLM wrapped with LinVT: texts, images and videos in any mix, text out.
 
-    Videos go through the base's vision encoder and projector frame by frame, then through `video_tokenizer`; the result
-    takes the place of the video tokens among the prompt's embeddings. Without a video the call is the base's own.
+    Videos go through the base's vision encoder and projector frame by frame, then through `video_tokenizer`; the
+    result takes the place of the video tokens among the prompt's embeddings. Without a video the call is the base's
+    own.
 
     Args:
         config: `LinVTConfig` with a `base_config`.
@@ -98,6 +99,7 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
         model.video_tokenizer.to(device=base.device, dtype=base.dtype)
         model.config.dtype = base.dtype
         model.generation_config = deepcopy(base.generation_config)
+        model.generation_config._from_model_config = False  # it is our own now; transformers may not make it anew
         # A sampled placeholder would ask for a video that is not there.
         model.generation_config.suppress_tokens = [*(base.generation_config.suppress_tokens or []), video_token_id]
         if model.image_llm.lost:
@@ -194,8 +196,9 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
         placeholder = (input_ids == self.config.video_token_id).to(embeds.device)
         if not torch.compiler.is_compiling() and (found := int(placeholder.sum())) != video_embeds.shape[:2].numel():
             raise ValueError(
-                f"The prompts hold {found} video tokens, but {len(video_embeds)} videos of {video_embeds.shape[1]} tokens "
-                f"make {video_embeds.shape[:2].numel()}; pass the processor's output unchanged, one video a placeholder."
+                f"The prompts hold {found} video tokens, but {len(video_embeds)} videos of {video_embeds.shape[1]} "
+                f"tokens make {video_embeds.shape[:2].numel()}; pass the processor's output unchanged, one video a "
+                "placeholder."
             )
         return embeds.masked_scatter(placeholder[..., None], video_embeds.to(embeds))
 
@@ -323,8 +326,8 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
         """
         `PreTrainedModel.from_pretrained`, except that a checkpoint which does not fit is an error.
 
-        Raises `ValueError` with the names of missing or unexpected tensors: a model that runs on weights nobody trained
-        must not look like one that was loaded.
+        Raises `ValueError` with the names of missing or unexpected tensors: a model that runs on weights nobody
+        trained must not look like one that was loaded.
         """
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         problems = {kind: sorted(info.get(f"{kind}_keys") or ()) for kind in ("missing", "unexpected")}

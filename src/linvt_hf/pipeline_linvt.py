@@ -24,8 +24,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     ```
 
     Each input gives a list of dicts: `{"answer": text}`, one for each returned sequence; with `choices` one for each
-    option, best first, with `score`, the options' probabilities (they sum to 1), and `log_likelihood`, the mean over the
-    option's tokens of their log-probability after the prompt, from whose softmax the scores come.
+    option, best first, with `score`, the options' probabilities (they sum to 1), and `log_likelihood`, the mean over
+    the option's tokens of their log-probability after the prompt, from whose softmax the scores come.
     """
 
     _load_processor = True
@@ -46,7 +46,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     def __call__(self, inputs=None, question=None, *, video=None, **kwargs):
         """
         Args:
-            inputs: a dict with `video`, `question` and perhaps `choices`; a chat (messages with `{"type": "video", ...}`
+            inputs: a dict with `video`, `question` and perhaps `choices`; a chat (messages with `{"type": "video",
+            ...}`
                 blocks); a list, generator or dataset of these. Or a video, with `question` beside it.
             video, question: one of each, or one question for several videos, or as many of both.
             num_frames, fps: how the videos are sampled, instead of the processor's defaults.

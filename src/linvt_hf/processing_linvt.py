@@ -21,8 +21,8 @@ VIDEO_TOKEN = "<|linvt_video|>"
 # How each text input is padded in a batch; input_ids by the tokenizer's own padding token.
 _TEXT_PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
 
-# Goes before the base's own chat template: a video block becomes text that holds the video's placeholder, so that every
-# template can place it. Everything else reaches the base's template as it was.
+# Goes before the base's own chat template: a video block becomes text that holds the video's placeholder, so that
+# every template can place it. Everything else reaches the base's template as it was.
 _VIDEOS_TO_TEXT = """\
 {%- set linvt = namespace(messages=[], content=[]) -%}
 {%- for message in messages -%}
@@ -41,7 +41,7 @@ _VIDEOS_TO_TEXT = """\
 
 
 def chat_template_with_videos(base_template: str, video_prompt: str, video_token: str = VIDEO_TOKEN) -> str:
-    """The base's chat template, taught where a message's videos go. `video_prompt` holds `{video}`, e.g. "{video}\\n"."""
+    """The base's chat template, taught where videos go. `video_prompt` holds `{video}`, e.g. "{video}\\n"."""
     text = video_prompt.format(video=video_token).replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
     return _VIDEOS_TO_TEXT.replace("VIDEO_PROMPT", text) + base_template
 
@@ -54,14 +54,15 @@ class LinVTProcessor(ProcessorMixin):
     Args:
         image_processor, tokenizer, chat_template: the base's, with the video token added.
         base_processor: the base's processor class in transformers and its own settings, as
-            `{"processor_class": "LlavaProcessor", "patch_size": 14, ...}`. None for a base that has none: then texts and
-            videos work, images do not.
+            `{"processor_class": "LlavaProcessor", "patch_size": 14, ...}`. None for a base that has none: then texts
+            and videos work, images do not.
         video_token: placeholder of a video in a prompt.
         num_video_tokens: M, tokens that a video takes in the prompt; the model's `config.num_video_tokens`.
         num_frames: frames read from each video, at the centres of as many equal stretches (ours: 32); None for all.
         fps: instead, frames a second; then `num_frames` is the most that are read.
         frame_kwargs: arguments of `image_processor` for a video's frames.
         frame_inputs: what of its output, beside the pixels, the base's vision encoder needs.
+        token_types: whether the base's attention depends on `token_type_ids`; a prompt without images is of type 0.
     """
 
     _auto_class = "AutoProcessor"
@@ -78,6 +79,7 @@ class LinVTProcessor(ProcessorMixin):
         fps: float | None = None,
         frame_kwargs: dict | None = None,
         frame_inputs: list[str] | None = None,
+        token_types: bool = False,
     ):
         self.base_processor = base_processor
         self.video_token = video_token
@@ -87,6 +89,7 @@ class LinVTProcessor(ProcessorMixin):
         self.fps = fps
         self.frame_kwargs = frame_kwargs or {}
         self.frame_inputs = list(frame_inputs or [])
+        self.token_types = token_types
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(
@@ -109,7 +112,8 @@ class LinVTProcessor(ProcessorMixin):
             videos: one video or several, in the order of their placeholders, or one list of videos for each prompt. A
                 video is a path, a URL, bytes, a file object, a uint8 array or tensor [T, H, W, 3], or a list of PIL
                 images or of image paths.
-            questions: what conditions each prompt's videos. By default the text of the prompt's last user turn, never an
+            questions: what conditions each prompt's videos. By default the text of the prompt's last user turn, never
+            an
                 answer; for a prompt that does not follow the chat template, the whole prompt. False for no question.
             num_frames, fps: instead of the processor's defaults; `do_sample_frames=False` keeps every frame.
             kwargs: for the base's processor, such as `padding` (several prompts are padded by default) and
@@ -152,7 +156,10 @@ class LinVTProcessor(ProcessorMixin):
             texts = [prompt.replace(self.video_token, self.video_token * self.num_video_tokens) for prompt in texts]
         if images is None:
             kwargs.pop("images_kwargs", None)
-            return self.tokenizer(texts, **kwargs.pop("text_kwargs", {}), **kwargs)
+            inputs = self.tokenizer(texts, **kwargs.pop("text_kwargs", {}), **kwargs)
+            if self.token_types and kwargs["return_tensors"] == "pt":
+                inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+            return inputs
         if self.base_processor is None:
             raise ValueError(
                 "This base has no processor in transformers that takes images; only texts and videos work."
@@ -190,8 +197,8 @@ class LinVTProcessor(ProcessorMixin):
             given = [len(group) for group in nested]
             if per_text is not None and given != per_text:
                 raise ValueError(
-                    f"The prompts hold {per_text} video placeholders ({self.video_token}) each, but {given} videos were "
-                    "given; pass one video for each placeholder."
+                    f"The prompts hold {per_text} video placeholders ({self.video_token}) each, but {given} videos "
+                    "were given; pass one video for each placeholder."
                 )
         flat = [video for group in nested for video in group]
         if per_text is not None and sum(per_text) != len(flat):
@@ -277,7 +284,8 @@ class LinVTProcessor(ProcessorMixin):
         if footer and footer in prompt:
             prompt = prompt[: prompt.index(footer)]
         markup = {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab(), self.video_token} - {""}
-        return re.sub("|".join(map(re.escape, sorted(markup, key=len, reverse=True))), " ", prompt).strip()
+        pattern = "|".join(map(re.escape, sorted(markup, key=len, reverse=True)))
+        return re.sub(rf"\s*(?:{pattern})\s*", " ", prompt).strip()
 
     def _turn_marks(self) -> tuple[str, str]:
         """What this processor's chat template writes right before and right after a user's words."""
@@ -294,7 +302,7 @@ class LinVTProcessor(ProcessorMixin):
 
 @lru_cache(maxsize=16)
 def _turn_marks(template: str, special_tokens: tuple) -> tuple[str, str]:
-    """Learned by rendering: user says A, assistant says B, user says C; the marks are what the two user turns share."""
+    """Learned by rendering: user says A, assistant says B, user says C; the marks are what both user turns share."""
 
     def render(as_blocks: bool) -> str:
         turns = [("user", "LINVTA"), ("assistant", "LINVTB"), ("user", "LINVTC")]

@@ -4,6 +4,7 @@
 returns a `Clip`. This file stands alone, without the rest of the package, and needs PyAV only to read a video file.
 """
 
+import contextlib
 import io
 import math
 import os
@@ -253,10 +254,8 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
     """The frames that can be decoded, in the order they are shown."""
     damaged = _import_av().error.InvalidDataError
     for packet in container.demux(stream):
-        try:
+        with contextlib.suppress(damaged):  # the packets after it can be good
             yield from packet.decode()
-        except damaged:
-            pass  # the packets after it can be good
 
 
 def _scan(file: Any, name: str, decode: bool) -> tuple[list[int | None], list[float] | None, float | None]:

@@ -19,6 +19,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration_linvt import LinVTConfig, square_grid
@@ -91,7 +92,7 @@ class FeedForward(nn.Sequential):
         )
 
 
-class ScoringLayer(nn.Module):
+class ScoringLayer(GradientCheckpointingLayer):
     """One layer of SSS: attention inside each frame, attention of each place across frames, feed-forward."""
 
     def __init__(self, config: LinVTConfig):
@@ -188,7 +189,7 @@ class PoolingWindows:
         return rearrange(weights[..., None] * self.share[:, None], "b m w s -> b m (w s)")[..., : self.length]
 
 
-class AggregationLayer(nn.Module):
+class AggregationLayer(GradientCheckpointingLayer):
     """One layer of TTA: queries read each other, the visual tokens of their own scale, and the question."""
 
     def __init__(self, config: LinVTConfig):
@@ -301,7 +302,8 @@ class LinVTPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, SignificanceScorer):
-            # Nearly equal scores at first: what a random scorer would throw away is not yet worth throwing away (ours).
+            # Nearly equal scores at first: what a random scorer would throw away is not yet worth throwing away
+            # (ours).
             init.normal_(module.score.weight, std=1e-4)
             init.zeros_(module.score.bias)
         elif isinstance(module, TextConditionedAggregator):

@@ -29,13 +29,21 @@ logger = logging.get_logger(__name__)
 # Names that tokenizers give to entries they keep free.
 _RESERVED = re.compile(r"reserved|unused|placeholder|<SPECIAL_\d+>", re.IGNORECASE)
 # For a base without a chat template (ours).
-PLAIN_CHAT_TEMPLATE = (
-    "{%- for message in messages -%}{{ message['role'].capitalize() + ': ' }}"
-    "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
-    "{%- for block in message['content'] -%}"
-    "{%- if block['type'] == 'image' -%}{{ 'IMAGE_TOKEN' }}{%- elif block['type'] == 'text' -%}{{ block['text'] }}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}{{ '\\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
-)
+PLAIN_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ message['role'].capitalize() + ': ' }}
+{%- if message['content'] is string -%}{{ message['content'] }}
+{%- else -%}
+{%- for block in message['content'] -%}
+{%- if block['type'] == 'image' -%}{{ 'IMAGE_TOKEN' }}
+{%- elif block['type'] == 'text' -%}{{ block['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{ '\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}
+"""
 
 
 def wrap(
@@ -45,6 +53,7 @@ def wrap(
     video_token: str | None = None,
     num_frames: int | None = 32,
     fps: float | None = None,
+    frame_kwargs: dict | None = None,
     model_kwargs: dict | None = None,
     **settings,
 ) -> tuple[LinVTForConditionalGeneration, LinVTProcessor]:
@@ -57,11 +66,13 @@ def wrap(
         video_token: the token that stands for a video. By default a new one, if the base's embedding table has a free
             row for it; otherwise one that the base's tokenizer keeps unused.
         num_frames, fps: how videos are sampled by default.
+        frame_kwargs: arguments of the base's image processor for frames, beside those LinVT sets for this base; for
+            example a smaller `size`, for fewer visual tokens.
         model_kwargs: for the base's `from_pretrained`, e.g. `{"dtype": "bfloat16", "device_map": "cuda"}`.
         settings: fields of `LinVTConfig`.
 
-    Returns the model and its processor; `model.save_pretrained(folder, processor=processor)` makes a Hub folder of them.
-    Raises `ValueError` for a base that LinVT cannot wrap, `OSError` for one that is not there.
+    Returns the model and its processor; `model.save_pretrained(folder, processor=processor)` makes a Hub folder of
+    them. Raises `ValueError` for a base that LinVT cannot wrap, `OSError` for one that is not there.
     """
     if isinstance(base, PreTrainedModel):
         if processor is None:
@@ -75,13 +86,14 @@ def wrap(
     image_llm = image_llm_of(model.config)
     if not hasattr(model, "get_image_features"):
         raise ValueError(
-            f"{type(model).__name__} has no get_image_features, so LinVT cannot reach its visual tokens; wrap a model of "
-            "AutoModelForImageTextToText."
+            f"{type(model).__name__} has no get_image_features, so LinVT cannot reach its visual tokens; wrap a model "
+            "of AutoModelForImageTextToText."
         )
 
     image_processor, tokenizer, base_processor, chat_template = _processor_parts(processor, model)
     video_token = _add_video_token(tokenizer, model, image_llm, video_token)
-    tokenizer.padding_side = "left"  # generation continues at the end of each row
+    # Generation continues at the end of each row. init_kwargs too: only they are saved.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     if chat_template is None:
         logger.warning("The base has no chat template; a plain one with 'User:' and 'Assistant:' is used.")
         token = base_processor and getattr(tokenizer, "image_token", "<image>")
@@ -101,14 +113,18 @@ def wrap(
         num_video_tokens=linvt.config.num_video_tokens,
         num_frames=num_frames,
         fps=fps,
-        frame_kwargs=dict(image_llm.frame_kwargs),
+        frame_kwargs={**image_llm.frame_kwargs, **(frame_kwargs or {})},
         frame_inputs=_frame_inputs(image_llm, model, image_processor),
+        token_types="token_type_ids" in inspect.signature(model.forward).parameters,
     )
 
 
 def load_image_llm(path: str | Path, **model_kwargs) -> PreTrainedModel:
     """An image-LLM from a Hub id or a folder. A missing or unexpected tensor is an error that names it."""
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise OSError(f"There is no image-LLM at {path}: {str(error).splitlines()[0]}") from error
     model_class = OWN_MODELS.get(config.model_type, AutoModelForImageTextToText)
     model, info = model_class.from_pretrained(path, output_loading_info=True, **model_kwargs)
     problems = [
@@ -156,8 +172,8 @@ def _add_video_token(
             wanted = next((token for token in spare if vocabulary[token] < rows), None)
     if wanted is None or (wanted not in vocabulary and len(tokenizer) >= rows):
         raise ValueError(
-            f"The base's embedding table has {rows} rows and its tokenizer {len(tokenizer)} tokens, so there is no free row "
-            "for a video token; name a token that prompts never use with video_token=."
+            f"The base's embedding table has {rows} rows and its tokenizer {len(tokenizer)} tokens, so there is no "
+            "free row for a video token; name a token that prompts never use with video_token=."
         )
     tokenizer.add_tokens(AddedToken(wanted, special=True, normalized=False))
     return wanted

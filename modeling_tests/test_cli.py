@@ -1,0 +1,93 @@
+"""The `linvt` command as a user meets it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import base_folder
+from video_files import moving_square, write_video
+
+from linvt_hf import LinVTForConditionalGeneration
+from linvt_hf.cli import main
+
+SMALL = [
+    f"--set={pair}"
+    for pair in ("bottleneck_size=16", "num_heads=2", "num_selected_tokens=12", "queries_per_scale=[4,2,2]")
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "model"
+    assert main(["wrap", str(base_folder("internvl_qwen2")), str(out), "--num-frames", "4", *SMALL]) == 0
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    return str(write_video(tmp_path_factory.mktemp("cli") / "v.mp4", moving_square(16)))
+
+
+def test_wrap(model):
+    config = LinVTForConditionalGeneration.from_pretrained(model).config
+    assert config.queries_per_scale == [4, 2, 2]
+    assert config.num_selected_tokens == 12
+
+
+def test_ask(model, video, capsys):
+    assert main(["ask", model, video, "What moves?", "--max-new-tokens", "5"]) == 0
+    printed = capsys.readouterr()
+    assert main(["ask", model, video, "What moves?", "--max-new-tokens", "5", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["question"] == "What moves?"
+    assert printed.out.strip() == result["answer"]
+    assert "reading" in printed.err  # progress goes beside the answer, not into it
+
+
+def test_choices(model, video, capsys):
+    assert main(["ask", model, video, "What moves?", "--choices", "red", "blue", "--num-frames", "2", "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert {answer["answer"] for answer in answers} == {"red", "blue"}
+    assert main(["ask", model, video, "What moves?", "--choices", "red", "blue"]) == 0
+    assert capsys.readouterr().out.count("%") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ask", "{model}", "nosuch.mp4", "Who?"], "no video at nosuch.mp4"),
+        (["ask", "{model}", "{video}", " "], "A question has no words"),
+        (["ask", "{model}", "{video}", "Who?", "--num-frames", "0"], "num_frames"),
+        (["ask", "{base}", "{video}", "Who?"], "is a internvl model, not a LinVT one"),
+        (["ask", "{model}", "{model}/config.json", "Who?"], "config.json"),
+        (["wrap", "{base}", "{model}"], "not an empty folder"),
+        (["wrap", "{base}", "{new}", "--set", "no_such=1"], "a field of LinVTConfig"),
+        (["wrap", "{base}", "{new}", "--set", "num_heads=x"], "not JSON"),
+        (["wrap", "{base}", "{new}", "--set", "num_heads=7"], "must be a multiple of num_heads"),
+        (["wrap", "no/such", "{new}"], "no image-LLM at no/such"),
+    ],
+)
+def test_one_sentence_and_exit_status_2(arguments, message, model, video, tmp_path, capsys):
+    places = {"model": model, "video": video, "base": str(base_folder("internvl_qwen2")), "new": str(tmp_path / "new")}
+    capsys.readouterr()
+    assert main([argument.format(**places) for argument in arguments]) == 2
+    errors = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("linvt: ") and not line.endswith("...")
+    ]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not (tmp_path / "new").exists()
+
+
+def test_as_a_program(model, video):
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "linvt_hf.cli", *arguments], capture_output=True, text=True, check=False
+        )
+
+    assert "ask" in run("--help").stdout
+    assert run("ask", model, video, "Who?", "--max-new-tokens", "2").returncode == 0
+    assert run("ask", model).returncode == 2

@@ -1,0 +1,340 @@
+"""The wrapped model, each base in turn: videos, images and texts through one path."""
+
+import copy
+
+import pytest
+import torch
+from conftest import base_folder, chat, encode, noise_video, wrapped
+from PIL import Image
+from tiny_bases import NAMED, TINY_LINVT, UNNAMED
+from transformers import AutoModelForImageTextToText
+
+from linvt_hf import LinVTConfig, LinVTForConditionalGeneration
+from linvt_hf.image_llm import OWN_MODELS
+
+ALL = [*NAMED, *UNNAMED, "qwen3_vl"]
+every_base = pytest.mark.parametrize("name", ALL)
+IMAGE = Image.fromarray(noise_video(1, seed=7)[0])
+# Sums run in another order in a batch, with a cache, or in another kernel.
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+def images_work(name: str) -> None:
+    if name == "mistral3":
+        pytest.skip("transformers' PixtralProcessor needs torchvision, which has no build for this machine")
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def greedy(model, inputs, **kwargs):
+    return model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=-1, **kwargs)
+
+
+@every_base
+def test_tokens_are_combinations_of_the_bases_own(name):
+    model, processor = wrapped(name)
+    inputs = encode(processor, chat(noise_video(), "What moves?"))
+    videos = model.take_video_inputs(dict(inputs))
+    features = model.get_video_features(**videos, output_weights=True)
+    frames = {key.removeprefix("frames_"): value for key, value in videos.items() if key.startswith("frames_")}
+    tokens = torch.stack(model.image_llm.encode_frames(model.base, videos["pixel_values_videos"], frames, 4, 2))
+    (weights,) = features.weights  # [M, T, N]
+    assert features.pooler_output.shape == (1, model.config.num_video_tokens, model.config.hidden_size)
+    assert weights.shape == (model.config.num_video_tokens, *tokens.shape[:2])
+    assert weights.min() >= 0
+    torch.testing.assert_close(weights.sum(dim=(1, 2)), torch.ones(len(weights)))
+    torch.testing.assert_close(features.pooler_output[0], torch.einsum("mtn,tnd->md", weights, tokens), **CLOSE)
+    assert features.scores[0].shape == tokens.shape[:2]
+
+
+@every_base
+def test_a_batch_gives_what_single_calls_give(name):
+    """Different lengths of video, prompt and question, left-padded, in logits and in generated text."""
+    model, processor = wrapped(name)
+    chats = [
+        chat(noise_video(3, seed=1), "Who?"),
+        chat("No video here, only a text that is rather long."),
+        chat(noise_video(9, seed=2), "What is the colour of the thing that moves?"),
+        chat(noise_video(2, seed=3), noise_video(4, seed=4), "Which of the two?"),
+    ]
+    batch = encode(processor, *chats)
+    assert batch["attention_mask"].min() == 0  # something was padded
+    together = logits(model, batch)
+    texts = greedy(model, batch)[:, batch["input_ids"].shape[1] :]
+    for row, messages in enumerate(chats):
+        single = encode(processor, messages)
+        length = single["input_ids"].shape[1]
+        torch.testing.assert_close(together[row, -length:], logits(model, single)[0], **CLOSE)
+        assert texts[row].tolist() == greedy(model, single)[0, length:].tolist()
+
+
+@every_base
+def test_every_linvt_parameter_learns(name):
+    model, processor = copy.deepcopy(wrapped(name))
+    inputs = encode(processor, chat(noise_video(), "What moves?", answer="A square."), add_generation_prompt=False)
+    model.train()
+    model.zero_grad()
+    labels = inputs["input_ids"].clone()
+    labels[:, :-8] = -100
+    model(**inputs, labels=labels).loss.backward()
+    dead = [n for n, p in model.video_tokenizer.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not dead
+
+
+@every_base
+def test_what_matters(name):
+    """The order of the frames and the question change what the LLM reads; another video's question does not."""
+    model, processor = wrapped(name)
+    video = noise_video(4, seed=5)
+
+    def tokens(*chats):
+        videos = model.take_video_inputs(dict(encode(processor, *chats)))
+        with torch.no_grad():
+            return model.get_video_features(**videos).pooler_output
+
+    plain = tokens(chat(video, "What moves?"))
+    assert torch.equal(plain, tokens(chat(video, "What moves?")))
+    assert not torch.allclose(plain, tokens(chat(video[::-1].copy(), "What moves?")), atol=1e-3)
+    assert not torch.allclose(plain, tokens(chat(video, "Is it red?")), atol=1e-6)
+    both = tokens(chat(video, "What moves?"), chat(noise_video(6, seed=6), "Is it red or is it blue?"))
+    torch.testing.assert_close(both[:1], plain, **CLOSE)
+
+
+@every_base
+def test_the_answer_conditions_nothing(name):
+    model, processor = wrapped(name)
+    prompt = encode(processor, chat(noise_video(), "What moves?"))
+    length = prompt["input_ids"].shape[1]
+    for answer in ("A square.", "Nothing at all, I would say."):
+        with_answer = encode(processor, chat(noise_video(), "What moves?", answer=answer), add_generation_prompt=False)
+        assert torch.equal(with_answer["question_ids"], prompt["question_ids"])
+        same = int((with_answer["input_ids"][0, :length] == prompt["input_ids"][0]).cumprod(0).sum())
+        assert same > length - 3  # a template may end the prompt otherwise than it begins the answer
+        if name == "paligemma":
+            continue  # its attention inside a prompt runs both ways, so a prompt that holds an answer reads it
+        torch.testing.assert_close(
+            logits(model, with_answer)[0, :same], logits(model, prompt)[0, :same], atol=1e-5, rtol=1e-5
+        )
+
+
+@every_base
+def test_images_stay_images(name):
+    """A still image gives the base's own inputs and, bit for bit, its own logits and text."""
+    images_work(name)
+    model, processor = wrapped(name)
+    model_class = OWN_MODELS.get(model.config.base_config.model_type, AutoModelForImageTextToText)
+    base = model_class.from_pretrained(base_folder(name)).eval()
+    messages = chat(IMAGE, "What is it?")
+    inputs = encode(processor, messages)
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    own = processor.image_text_processor()(images=[IMAGE], text=[prompt], return_tensors="pt")
+    assert set(inputs) == set(own)
+    assert all(torch.equal(inputs[key], own[key]) for key in own)
+    assert torch.equal(logits(model, inputs), logits(base, own))
+    suppressed = {"suppress_tokens": model.generation_config.suppress_tokens}
+    assert torch.equal(greedy(model, inputs), greedy(base, own, **suppressed))
+
+
+@every_base
+def test_images_and_videos_mix(name):
+    """An image beside a video in one prompt, both in one batch with a text: each row as it would be alone."""
+    images_work(name)
+    model, processor = wrapped(name)
+    chats = [
+        chat(IMAGE, noise_video(3, seed=1), "Is the image in the video?"),
+        chat("Only text."),
+        chat(noise_video(5, seed=2), "What moves?"),
+        chat(IMAGE, "What is it?"),
+    ]
+    batch = processor.collate([encode(processor, messages) for messages in chats])
+    together = logits(model, batch)
+    for row, messages in enumerate(chats):
+        single = encode(processor, messages)
+        length = single["input_ids"].shape[1]
+        torch.testing.assert_close(together[row, -length:], logits(model, single)[0], **CLOSE)
+    without = encode(processor, chat(IMAGE, noise_video(3, seed=2), "Is the image in the video?"))
+    assert not torch.allclose(logits(model, without)[0], together[0, -without["input_ids"].shape[1] :], atol=1e-3)
+    assert greedy(model, encode(processor, chats[0])).shape[1] == encode(processor, chats[0])["input_ids"].shape[1] + 6
+
+
+@every_base
+def test_caches_and_beams(name):
+    model, processor = wrapped(name)
+    batch = encode(
+        processor, chat(noise_video(3), noise_video(2), "Which?"), chat(noise_video(5), "What moves there?")
+    )
+    expected = greedy(model, batch)
+    assert torch.equal(greedy(model, batch, use_cache=False), expected)
+    assert torch.equal(greedy(model, batch, cache_implementation="static", disable_compile=True), expected)
+    beams = greedy(model, batch, num_beams=3, num_return_sequences=2)
+    assert len(beams) == 4
+    for row in range(2):
+        alone = encode(
+            processor, [chat(noise_video(3), noise_video(2), "Which?"), chat(noise_video(5), "What moves there?")][row]
+        )
+        length = alone["input_ids"].shape[1]
+        single = greedy(model, alone, num_beams=3, num_return_sequences=2)
+        assert torch.equal(single[:, length:], beams[2 * row : 2 * row + 2, batch["input_ids"].shape[1] :])
+
+
+@every_base
+def test_save_and_load(name, tmp_path):
+    model, processor = wrapped(name)
+    inputs = encode(processor, chat(noise_video(), "What moves?"))
+    model.save_pretrained(tmp_path)
+    loaded, info = LinVTForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(logits(loaded.eval(), inputs), logits(model, inputs))
+    assert loaded.generation_config.suppress_tokens == model.generation_config.suppress_tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMED)
+def test_half_precision(name, dtype, tmp_path):
+    model, processor = wrapped(name)
+    inputs = encode(processor, chat(noise_video(), "What moves?"))
+    model.save_pretrained(tmp_path)
+    half = LinVTForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert {parameter.dtype for parameter in half.parameters()} == {dtype}
+    close = logits(half, inputs).float()
+    assert torch.isfinite(close).all()
+    exact = logits(model, inputs)
+    assert (close - exact).abs().mean() < 0.05 * exact.std()
+    assert greedy(half, inputs).shape[1] == inputs["input_ids"].shape[1] + 6
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_attention_and_checkpointing(name):
+    model, processor = copy.deepcopy(wrapped(name))
+    inputs = encode(processor, chat(noise_video(), "What moves?"))
+    expected = logits(model, inputs)
+    model.set_attn_implementation("eager")
+    assert model.base.config.get_text_config()._attn_implementation == "eager"
+    torch.testing.assert_close(logits(model, inputs), expected, **CLOSE)
+    model.set_attn_implementation("sdpa")
+
+    def gradients():
+        model.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        return [parameter.grad.clone() for parameter in model.video_tokenizer.parameters()]
+
+    model.train()
+    plain = gradients()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    assert model.video_tokenizer.scorer.layers[0].gradient_checkpointing
+    for grad, expected in zip(gradients(), plain, strict=True):
+        torch.testing.assert_close(grad, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "internvl_qwen2", "mipha"])
+def test_compiled(name):
+    """The whole forward in one graph, from the videos' tokens on, and generation with a static cache."""
+    torch._dynamo.reset()
+    model, processor = wrapped(name)
+    inputs = dict(encode(processor, chat(noise_video(), "What moves?")))
+    expected = logits(model, inputs)
+    with torch.no_grad():
+        inputs["video_embeds"] = model.get_video_features(**model.take_video_inputs(inputs)).pooler_output
+        compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(**inputs).logits, expected, **CLOSE)
+
+
+def test_lora():
+    from peft import LoraConfig, get_peft_model
+
+    model, processor = copy.deepcopy(wrapped("qwen2_vl"))
+    inputs = encode(processor, chat(noise_video(), "What moves?"))
+    expected = logits(model, inputs)
+    settings = LoraConfig(
+        r=4, target_modules=r"base\..*language_model.*\.(q|v)_proj", modules_to_save=["video_tokenizer"]
+    )
+    tuned = get_peft_model(model, settings)
+    assert torch.equal(logits(tuned.eval(), inputs), expected)  # fresh adapters change nothing
+    tuned.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    trained = {name for name, parameter in tuned.named_parameters() if parameter.requires_grad}
+    assert any("lora_A" in name for name in trained)
+    assert any("video_tokenizer" in name for name in trained)
+    assert not any("base.visual" in name or "base_layer" in name for name in trained)
+    assert all(p.grad is not None for n, p in tuned.named_parameters() if n in trained)
+    assert greedy(tuned.eval(), inputs).shape[1] == inputs["input_ids"].shape[1] + 6
+
+
+def test_tied_embeddings(tmp_path):
+    model, processor = wrapped("qwen2_vl")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    loaded = LinVTForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+
+def test_wrapping_keeps_the_base():
+    base = AutoModelForImageTextToText.from_pretrained(base_folder("internvl_llama"))
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = LinVTForConditionalGeneration.from_image_llm(base, video_token_id=300, **TINY_LINVT)
+    assert model.base is base
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    assert base.config._attn_implementation == "sdpa"
+
+
+def test_chunks_change_nothing():
+    for name in ("qwen2_vl", "internvl_qwen2"):
+        model, processor = copy.deepcopy(wrapped(name))
+        inputs = encode(processor, chat(noise_video(7), "What moves?"), num_frames=7)
+        expected = logits(model, inputs)
+        for chunk in (1, 2, 100):
+            model.config.frames_per_chunk = chunk
+            torch.testing.assert_close(logits(model, inputs), expected, **CLOSE)
+
+
+def test_question_free(caplog):
+    model, processor = wrapped("mipha")
+    inputs = encode(processor, chat(noise_video(), "What moves?"), questions=False)
+    assert "question_ids" not in inputs
+    other = encode(processor, chat(noise_video(), "Is it red?"), questions=False)
+    tokens = [model.get_video_features(**model.take_video_inputs(dict(x))).pooler_output for x in (inputs, other)]
+    assert torch.equal(*tokens)
+
+
+# ---- what goes wrong says so ----
+
+
+def test_a_tensor_is_missing_or_unexpected(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model, _ = wrapped("mipha")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = tensors.pop("video_tokenizer.aggregator.queries")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 missing: video_tokenizer.aggregator.queries"):
+        LinVTForConditionalGeneration.from_pretrained(tmp_path)
+    tensors |= {"video_tokenizer.aggregator.queries": lost, "video_tokenizer.surplus": lost.clone()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 unexpected: video_tokenizer.surplus"):
+        LinVTForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_no_base_and_unknown_bases():
+    with pytest.raises(ValueError, match="no base_config"):
+        LinVTForConditionalGeneration(LinVTConfig())
+    with pytest.raises(ValueError, match="model_type 'no_such_model'"):
+        LinVTConfig(base_config={"model_type": "no_such_model"})
+    with pytest.raises(ValueError, match="'llama'.* image-text-to-text"):
+        LinVTForConditionalGeneration(LinVTConfig(base_config={"model_type": "llama", "hidden_size": 32}))
+
+
+def test_videos_and_places_must_match():
+    model, processor = wrapped("internvl_qwen2")
+    inputs = dict(encode(processor, chat(noise_video(), "What moves?")))
+    twice = {**inputs, "input_ids": torch.cat([inputs["input_ids"]] * 2), "attention_mask": None}
+    with pytest.raises(ValueError, match="hold 16 video tokens, but 1 videos of 8 tokens make 8"):
+        model(**twice)
+    with pytest.raises(ValueError, match="4 rows, but num_frames asks for 5"):
+        model(**{**inputs, "num_frames": torch.tensor([5])})
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    with pytest.raises(ValueError, match="Videos need input_ids"):
+        model(inputs_embeds=embeds, **inputs)

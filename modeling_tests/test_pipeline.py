@@ -1,0 +1,142 @@
+"""The video-question-answering pipeline, inside the package (test_hub_folder.py has it from a bare folder)."""
+
+import pytest
+import torch
+from conftest import chat, encode, noise_video, wrapped
+from tiny_bases import NAMED, UNNAMED
+from transformers import TextStreamer, pipeline
+from video_files import moving_square, write_video
+
+from linvt_hf import VideoQuestionAnsweringPipeline
+
+VIDEOS = [noise_video(3, seed=1), noise_video(7, seed=2), noise_video(5, seed=3)]
+QUESTIONS = ["Who?", "What is the colour of the thing that moves?", "Where?"]
+PAIRS = list(zip(VIDEOS, QUESTIONS, strict=True))
+SETTINGS = {"max_new_tokens": 5, "do_sample": False}
+
+
+def pipe_of(name="internvl_qwen2", **kwargs):
+    model, processor = wrapped(name)
+    return VideoQuestionAnsweringPipeline(model=model, processor=processor, device="cpu", **kwargs)
+
+
+@pytest.mark.parametrize("name", [*NAMED, *UNNAMED])
+def test_batches_give_what_single_calls_give(name):
+    pipe = pipe_of(name)
+    inputs = [{"video": video, "question": question} for video, question in PAIRS]
+    singles = [pipe(video=video, question=question, **SETTINGS) for video, question in PAIRS]
+    for batch_size in (1, 2, 3):
+        assert pipe(inputs, batch_size=batch_size, **SETTINGS) == singles
+
+
+def test_every_way_to_call(tmp_path):
+    pipe = pipe_of()
+    path = write_video(tmp_path / "v.mp4", moving_square(12))
+    expected = pipe(video=path, question="Who?", **SETTINGS)
+    assert list(expected[0]) == ["answer"]
+    assert pipe(str(path), "Who?", **SETTINGS) == expected
+    assert pipe({"video": path, "question": "Who?"}, **SETTINGS) == expected
+    assert pipe(chat(path, "Who?"), **SETTINGS) == expected
+    assert pipe([chat(path, "Who?")] * 2, batch_size=2, **SETTINGS) == [expected] * 2
+    assert pipe(video=[path, path], question="Who?", **SETTINGS) == [expected] * 2
+    lazily = pipe(({"video": path, "question": "Who?"} for _ in range(3)), batch_size=2, **SETTINGS)
+    assert not isinstance(lazily, list)
+    assert list(lazily) == [expected] * 3
+
+
+def test_a_chat_needs_no_video():
+    pipe = pipe_of()
+    model, processor = wrapped("internvl_qwen2")
+    inputs = encode(processor, chat("Hello?"))
+    own = model.generate(**inputs, **SETTINGS)[:, inputs["input_ids"].shape[1] :]
+    assert (
+        pipe(chat("Hello?"), **SETTINGS)[0]["answer"]
+        == processor.batch_decode(own, skip_special_tokens=True)[0].strip()
+    )
+
+
+def test_generation_settings():
+    pipe = pipe_of()
+    one = {"video": VIDEOS[0], "question": "Who?"}
+    assert len(pipe(one, num_beams=3, num_return_sequences=3, max_new_tokens=3)) == 3
+    several = pipe([one, one], batch_size=2, num_beams=2, num_return_sequences=2, max_new_tokens=3)
+    assert [len(answers) for answers in several] == [2, 2]
+    assert several[0] == several[1]
+    torch.manual_seed(0)
+    sampled = {pipe(one, do_sample=True, max_new_tokens=8)[0]["answer"] for _ in range(4)}
+    assert len(sampled) > 1
+    assert pipe(one, num_frames=2, **SETTINGS) != pipe(one, num_frames=3, **SETTINGS)
+
+
+def test_streaming(capsys):
+    pipe = pipe_of()
+    answer = pipe(
+        video=VIDEOS[0],
+        question="Who?",
+        streamer=TextStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **SETTINGS,
+    )
+    assert capsys.readouterr().out.strip() == answer[0]["answer"]
+
+
+@pytest.mark.parametrize("name", [*NAMED, *UNNAMED])
+def test_choices(name):
+    """Probabilities sum to 1 and come from the mean log-likelihood of each option's tokens, counted by hand here."""
+    pipe = pipe_of(name)
+    model, processor = wrapped(name)
+    options = ["red", "a blue square", "no"]
+    answers = pipe(video=VIDEOS[0], question="What is it?", choices=options)
+    assert sorted(answer["answer"] for answer in answers) == sorted(options)
+    assert sum(answer["score"] for answer in answers) == pytest.approx(1)
+    assert answers == sorted(answers, key=lambda answer: -answer["score"])
+    prompt = encode(processor, chat(VIDEOS[0], "What is it?"))
+    for answer in answers:
+        # Every prompt here ends in a newline or a colon; an option follows a colon after a space.
+        ends = processor.tokenizer.decode(prompt["input_ids"][0, -1:]).isspace()
+        ids = processor.tokenizer(("" if ends else " ") + answer["answer"], add_special_tokens=False)["input_ids"]
+        total, inputs = 0.0, dict(prompt)
+        for token in ids:  # one step at a time, without a cache
+            with torch.no_grad():
+                total += float(model(**inputs).logits[0, -1].log_softmax(dim=-1)[token])
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], dim=1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            if "token_type_ids" in inputs:
+                kind = torch.tensor([[model.image_llm.answer_token_type]])
+                inputs["token_type_ids"] = torch.cat([inputs["token_type_ids"], kind], dim=1)
+        assert answer["log_likelihood"] == pytest.approx(total / len(ids), abs=1e-4)
+
+
+def test_choices_of_each_input():
+    pipe = pipe_of()
+    inputs = [
+        {"video": VIDEOS[0], "question": "Who?", "choices": ["a", "b"]},
+        {"video": VIDEOS[1], "question": "What?", "choices": ["c", "d", "e"]},
+    ]
+    together = pipe(inputs, batch_size=2)
+    assert together == [pipe(one) for one in inputs]
+    with pytest.raises(ValueError, match="some inputs have choices and some have none"):
+        pipe([inputs[0], {"video": VIDEOS[1], "question": "What?"}], batch_size=2)
+
+
+def test_by_name(tmp_path):
+    """Registered: with the package there, its own class answers, and no remote code is asked for."""
+    model, processor = wrapped("internvl_qwen2")
+    pipe = pipeline("video-question-answering", model=model, processor=processor, device="cpu")
+    assert isinstance(pipe, VideoQuestionAnsweringPipeline)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"video": VIDEOS[0]}, "Give both video= and question="),
+        ({"question": "Who?"}, "Give both video= and question="),
+        ({}, "Nothing to answer"),
+        ({"video": VIDEOS, "question": ["a", "b"]}, "3 videos, but 2 questions"),
+        ({"video": VIDEOS[0], "question": ""}, "A question has no words"),
+        ({"inputs": {"video": VIDEOS[0]}}, "has a video but no question"),
+        ({"video": VIDEOS[0], "question": "Who?", "choices": ["a", ""]}, "A choice has no words"),
+    ],
+)
+def test_one_sentence(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        pipe_of()(**inputs)

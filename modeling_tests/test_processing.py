@@ -1,0 +1,244 @@
+"""The processor: prompts and questions, videos in every form, batches, and what it says when input is wrong."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import base_folder, chat, encode, noise_video, wrapped
+from PIL import Image
+from tiny_bases import NAMED, UNNAMED
+from video_files import moving_square, write_video
+
+from linvt_hf import LinVTProcessor, wrap
+from linvt_hf.processing_linvt import VIDEO_TOKEN
+
+every_base = pytest.mark.parametrize("name", [*NAMED, *UNNAMED, "qwen3_vl"])
+
+
+@every_base
+def test_a_video_in_the_prompt(name):
+    model, processor = wrapped(name)
+    messages = chat(noise_video(), "What moves?")
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert prompt.count(processor.video_token) == 1
+    inputs = encode(processor, messages)
+    assert (inputs["input_ids"] == model.config.video_token_id).sum() == model.config.num_video_tokens
+    # In two steps, as many tools do it, the same comes out, the question included.
+    both = processor(text=prompt, videos=noise_video())
+    assert set(both) == set(inputs)
+    assert all(torch.equal(both[key], inputs[key]) for key in inputs)
+    assert processor.tokenizer.decode(inputs["question_ids"][0]) == "What moves?"
+    assert inputs["num_frames"].tolist() == [4]
+
+
+@every_base
+def test_saved_and_loaded(name, tmp_path):
+    _, processor = wrapped(name)
+    processor.save_pretrained(tmp_path)
+    loaded = LinVTProcessor.from_pretrained(tmp_path)
+    assert loaded.tokenizer.padding_side == "left"
+    messages = [chat(noise_video(), "What moves?"), chat("Only text, and more of it than there.")]
+    first, second = encode(processor, *messages), encode(loaded, *messages)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    plain = {"str", "int", "float", "bool", "list", "NoneType"}  # its own settings; parts save themselves
+    for key, value in vars(processor).items():
+        assert type(value).__name__ not in plain or getattr(loaded, key) == value, key
+
+
+def test_the_newest_question_counts():
+    _, processor = wrapped("internvl_qwen2")
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "You are brief."}]},
+        *chat(noise_video(), "What moves?", answer="A square."),
+        *chat("And what colour is it?", answer="Red."),
+        *chat("<b>Where</b> does it go, in 2 words?"),
+    ]
+    inputs = encode(processor, messages)
+    assert processor.tokenizer.decode(inputs["question_ids"][0]) == "<b>Where</b> does it go, in 2 words?"
+    inputs = encode(processor, messages[:3], add_generation_prompt=False)  # as in training, with the answer
+    assert processor.tokenizer.decode(inputs["question_ids"][0]) == "What moves?"
+
+
+def test_questions_by_hand():
+    _, processor = wrapped("mipha")
+
+    def asked(text, **kwargs):
+        ids = processor(text=text, videos=[noise_video()] * np.size(text), **kwargs)["question_ids"]
+        return [processor.tokenizer.decode(row).rstrip("!") for row in ids]  # id 0 pads and decodes as "!"
+
+    assert asked(f"{VIDEO_TOKEN} Describe it.") == ["Describe it."]  # no chat template in sight: the whole prompt
+    assert asked(f"{VIDEO_TOKEN} A: it is red", questions="What colour?") == ["What colour?"]
+    assert asked([f"{VIDEO_TOKEN} a", f"{VIDEO_TOKEN} b"], questions=["One", "Another"]) == ["One", "Another"]
+    with pytest.raises(ValueError, match="2 prompts, but 1 questions"):
+        asked([f"{VIDEO_TOKEN} a", f"{VIDEO_TOKEN} b"], questions=["One"])
+
+
+def test_chats_without_videos_are_the_bases_own():
+    _, processor = wrapped("qwen2_vl")
+    own = (base_folder("qwen2_vl") / "chat_template.jinja").read_text()
+    messages = chat("Hello", answer="Hi.") + chat(Image.new("RGB", (56, 56)), "And this?")
+    messages.insert(0, {"role": "system", "content": "Be kind."})
+    ours = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert ours == processor.apply_chat_template(messages, chat_template=own, add_generation_prompt=True)
+
+
+def test_every_form_of_a_video(tmp_path):
+    _, processor = wrapped("internvl_qwen2")
+    frames = moving_square(8)
+    path = write_video(tmp_path / "v.mkv", frames, fps=4)
+    images = []
+    for index, frame in enumerate(frames):
+        images.append(tmp_path / f"{index}.png")
+        Image.fromarray(frame).save(images[-1])
+    messages = chat("dummy", "What moves?")
+
+    def pixels(video):
+        messages[0]["content"][0] = {"type": "video", "video": video}
+        return encode(processor, messages)
+
+    from_file = pixels(str(path))
+    assert from_file["frame_times"].tolist() == [[0.25, 0.75, 1.25, 1.75]]
+    for form in (path, path.read_bytes(), open(path, "rb")):  # noqa: SIM115
+        assert torch.equal(pixels(form)["pixel_values_videos"], from_file["pixel_values_videos"])
+    from_array = pixels(frames)
+    assert "frame_times" not in from_array  # nobody knows them
+    for form in (
+        torch.from_numpy(frames),
+        [Image.fromarray(frame) for frame in frames],
+        images,
+        list(map(str, images)),
+    ):
+        assert torch.equal(pixels(form)["pixel_values_videos"], from_array["pixel_values_videos"])
+
+
+def test_sampling():
+    _, processor = wrapped("internvl_qwen2")
+    messages = chat(noise_video(9), "What moves?")
+    assert encode(processor, messages)["num_frames"].tolist() == [4]
+    assert encode(processor, messages, num_frames=6)["num_frames"].tolist() == [6]
+    assert encode(processor, messages, num_frames=60)["num_frames"].tolist() == [9]  # no more than there are
+    assert encode(processor, messages, do_sample_frames=False)["num_frames"].tolist() == [9]
+    every_third = noise_video(9)[[1, 3, 5, 7]]
+    assert torch.equal(
+        encode(processor, messages)["pixel_values_videos"],
+        encode(processor, chat(every_third, "What moves?"))["pixel_values_videos"],
+    )
+
+
+def test_several_videos():
+    _, processor = wrapped("qwen2_vl")
+    a, b, c = (noise_video(frames, seed=frames) for frames in (2, 3, 4))
+    texts = [f"{VIDEO_TOKEN} and {VIDEO_TOKEN}: which?", "nothing", f"{VIDEO_TOKEN} what?"]
+    flat = processor(text=texts, videos=[a, b, c])
+    nested = processor(text=texts, videos=[[a, b], [], [c]])
+    assert all(torch.equal(flat[key], nested[key]) for key in flat)
+    assert flat["num_frames"].tolist() == [2, 3, 4]
+    words = [row[mask] for row, mask in zip(flat["question_ids"], flat["question_mask"], strict=True)]
+    assert processor.tokenizer.batch_decode(words) == ["and : which?", "and : which?", "what?"]
+    with pytest.raises(ValueError, match=r"hold \[2, 0, 1\] video placeholders .* but \[1, 1, 1\] videos"):
+        processor(text=texts, videos=[[a], [b], [c]])
+
+
+def test_collate_equals_a_batch():
+    _, processor = wrapped("qwen2_vl")
+    chats = [chat(noise_video(3), "Who?"), chat("Text."), chat(noise_video(5, seed=1), "What is it that moves there?")]
+    batch, collated = encode(processor, *chats), processor.collate([encode(processor, messages) for messages in chats])
+    assert set(batch) == set(collated)
+    assert all(torch.equal(batch[key], collated[key]) for key in batch)
+
+
+def test_frames_of_different_shapes():
+    """Qwen2-VL keeps aspect ratios: a batch holds videos with different numbers of tokens a frame."""
+    model, processor = wrapped("qwen2_vl")
+    chats = [chat(noise_video(3, height=28, width=84), "Who?"), chat(noise_video(3, height=56, width=56), "What?")]
+    batch = encode(processor, *chats)
+    sizes = batch["frames_image_grid_thw"].prod(dim=1).unique().tolist()
+    assert len(sizes) == 2
+    with torch.no_grad():
+        together = model(**batch).logits
+        for row, messages in enumerate(chats):
+            single = encode(processor, messages)
+            length = single["input_ids"].shape[1]
+            torch.testing.assert_close(together[row, -length:], model(**single).logits[0], atol=2e-5, rtol=1e-4)
+
+
+# ---- wrap ----
+
+
+def test_video_token_where_the_table_is_full(tmp_path):
+    """InternVL2's table has no free row: a spare token of its vocabulary is used, or the user is asked for one."""
+    import tiny_bases
+    from transformers import AutoTokenizer
+
+    base = tmp_path / "base"
+    tiny_bases.save_tiny_base("internvl_qwen2", base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([f"filler{index}" for index in range(320 - len(tokenizer))])
+    tokenizer.save_pretrained(base)
+    with pytest.raises(ValueError, match="320 rows and its tokenizer 320 tokens.*video_token="):
+        wrap(base)
+    _, processor = wrap(base, video_token="filler3")
+    assert processor.video_token == "filler3"
+    assert (
+        processor.tokenizer("a filler3filler3", add_special_tokens=False)["input_ids"][-2:]
+        == [processor.video_token_id] * 2
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(base_folder("internvl_qwen2"))
+    tokenizer.add_tokens([f"filler{i}" for i in range(318 - len(tokenizer))] + ["[UNUSED_TOKEN_7]", "other"])
+    tokenizer.save_pretrained(base)
+    assert wrap(base)[1].video_token == "[UNUSED_TOKEN_7]"
+
+
+def test_wrap_a_model_and_its_processor():
+    from transformers import AutoModelForImageTextToText, LlavaProcessor
+
+    base = AutoModelForImageTextToText.from_pretrained(base_folder("llava"))
+    with pytest.raises(ValueError, match="pass its processor too"):
+        wrap(base)
+    image_processor, tokenizer = (getattr(wrapped("llava")[1], part) for part in ("image_processor", "tokenizer"))
+    own = LlavaProcessor(image_processor, tokenizer, patch_size=7, vision_feature_select_strategy="default")
+    own.chat_template = (base_folder("llava") / "chat_template.jinja").read_text()
+    model, processor = wrap(base, own, num_frames=3)
+    assert model.base is base
+    assert processor.base_processor["patch_size"] == 7
+    assert encode(processor, chat(noise_video(), "What?"))["num_frames"].tolist() == [3]
+
+
+def test_wrap_refuses():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 9,
+    }
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no get_image_features"):
+        wrap(LlamaForCausalLM(LlamaConfig(**settings)), base_folder("llava"))
+    with pytest.raises(OSError, match="no image-LLM at no/such"):
+        wrap("no/such")
+
+
+# ---- wrong input ----
+
+
+@pytest.mark.parametrize(
+    ("text", "videos", "kwargs", "message"),
+    [
+        (f"{VIDEO_TOKEN} what?", None, {}, "holds 1 video placeholders .* but 0 videos"),
+        (f"{VIDEO_TOKEN} what?", "twice", {}, "holds 1 video placeholders .* but 2 videos"),
+        ("what?", "once", {}, "holds 0 video placeholders .* but 1 videos"),
+        (f"{VIDEO_TOKEN} what?", "once", {"num_frames": 0}, "num_frames.*0"),
+        (VIDEO_TOKEN, "once", {}, "A question has no words"),
+        (f"{VIDEO_TOKEN} what?", "once", {"questions": " "}, "A question has no words"),
+        (None, None, {}, "all three are missing"),
+        ("hear", None, {"audio": "x"}, "reads no audio"),
+    ],
+)
+def test_one_sentence(text, videos, kwargs, message):
+    _, processor = wrapped("llava")
+    videos = {"once": noise_video(), "twice": [noise_video(), noise_video()]}.get(videos)
+    with pytest.raises(ValueError, match=message) as caught:
+        processor(text=text, videos=videos, **kwargs)
+    assert len(str(caught.value).splitlines()) == 1

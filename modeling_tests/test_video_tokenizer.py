@@ -1,0 +1,768 @@
+"""The method itself: what LinearVideoTokenizer promises of its weights, its selection, its start and its training."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from linvt_hf import video_tokenizer
+from linvt_hf.configuration_linvt import LinVTConfig
+from linvt_hf.video_tokenizer import (
+    LinearVideoTokenizer,
+    PlaceEmbedding,
+    PoolingWindows,
+    normalise_times,
+    select_top_k,
+)
+
+WIDTH = 64  # D, more than the T * N of most videos here: then the weights can be read back from the output
+TOY = {
+    "hidden_size": WIDTH,
+    "bottleneck_size": 16,
+    "num_heads": 2,
+    "num_scoring_layers": 1,
+    "num_aggregation_layers": 1,
+    "num_selected_tokens": 10,
+    "queries_per_scale": (4, 2, 2),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """At toy sizes threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def fresh(**settings) -> LinearVideoTokenizer:
+    torch.manual_seed(0)
+    return LinearVideoTokenizer(LinVTConfig(**{**TOY, **settings})).eval()
+
+
+def trained(**settings) -> LinearVideoTokenizer:
+    """Far from initialisation, so that content, scores and question all move the weights."""
+    model = fresh(**settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Cells stay wide enough for every token to count.
+            parameter.add_(torch.randn_like(parameter) * (0.05 if name.endswith(("centers", "log_widths")) else 0.3))
+        model.aggregator.log_widths.add_(0.5)
+    return model
+
+
+def video(batch=1, frames=3, places=4, seed=1) -> torch.Tensor:
+    return torch.randn(batch, frames, places, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def question(batch=1, words=5, seed=2) -> torch.Tensor:
+    return torch.randn(batch, words, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def run(model, *args, **kwargs):
+    with torch.no_grad():
+        return model(*args, output_weights=True, **kwargs)
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def differs(a, b) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ---- every output token is a convex combination of V's own tokens ----
+
+
+@pytest.mark.parametrize("make", [fresh, trained])
+@pytest.mark.parametrize("frames, places, k", [(3, 4, 10), (2, 3, 10), (5, 7, 10), (5, 7, 35), (1, 1, 10)])
+def test_output_is_convex_combination(make, frames, places, k):
+    tokens = video(2, frames, places)
+    out = run(make(num_selected_tokens=k), tokens, text_embeds=question(2))
+    assert out.weights.shape == (2, 8, frames * places)
+    assert out.video_tokens.shape == (2, 8, WIDTH)
+    assert out.scores.shape == (2, frames, places)
+    close(out.video_tokens, out.weights @ tokens.flatten(1, 2))
+    close(out.weights.sum(-1), torch.ones(2, 8))
+    assert (out.weights >= 0).all()
+    assert ((out.weights > 0).sum(-1) <= k).all()
+
+
+def test_output_lies_in_span_and_weights_can_be_read_back():
+    tokens = video().flatten(1, 2)[0].double()  # 12 tokens, 64 dimensions: linearly independent
+    out = run(trained(), video())
+    result = out.video_tokens[0].double()
+    recovered = result @ torch.linalg.pinv(tokens)
+    outside = result - recovered @ tokens
+    assert outside.norm() / result.norm() < 1e-5
+    # One set of weights a token, the same for every channel: the only ones that explain the output are those returned.
+    close(recovered.float(), out.weights[0], 1e-4)
+
+
+def test_weights_for_each_channel_are_the_same():
+    out = run(trained(), video())
+    for channels in (slice(0, 20), slice(20, 40), slice(40, 64)):  # each slice alone determines the 12 weights
+        part = video().flatten(1, 2)[0][:, channels].double()
+        recovered = out.video_tokens[0][:, channels].double() @ torch.linalg.pinv(part)
+        close(recovered.float(), out.weights[0], 1e-4)
+
+
+def test_asking_for_weights_changes_nothing():
+    model = trained()
+    with torch.no_grad():
+        plain = model(video())
+    assert plain.weights is None
+    assert torch.equal(plain.video_tokens, run(model, video()).video_tokens)
+
+
+def test_weights_do_not_depend_on_the_scale_of_the_tokens():
+    model, tokens = trained(), video()
+    out = run(model, tokens)
+    for factor in (1e-2, 300.0):
+        scaled = run(model, factor * tokens)
+        close(scaled.weights, out.weights)
+        close(scaled.video_tokens / factor, out.video_tokens, 1e-4)
+
+
+def test_negated_and_shifted_tokens_obey_their_own_weights():
+    model, tokens = trained(), video()
+    out = run(model, tokens)
+    for changed in (-tokens, tokens + 3, tokens * torch.linspace(-2, 2, WIDTH)):
+        other = run(model, changed)
+        close(other.video_tokens, other.weights @ changed.flatten(1, 2))
+        assert differs(other.weights, out.weights) > 1e-3  # the weights do look at the content
+
+
+# ---- samples and padding ----
+
+
+def test_samples_do_not_leak():
+    model = trained()
+    tokens, words = video(3).requires_grad_(), question(3).requires_grad_()
+    out = model(tokens, text_embeds=words)
+    out.video_tokens[1].square().sum().backward()
+    for x in (tokens, words):
+        assert (x.grad[1] != 0).any()
+        assert (x.grad[[0, 2]] == 0).all()
+    with torch.no_grad():
+        alone = model(tokens[1:2], text_embeds=words[1:2])
+    close(alone.video_tokens, out.video_tokens[1:2].detach())
+
+
+@pytest.mark.parametrize("make", [fresh, trained])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    "frames, places",
+    [
+        (2, 3),  # below k, and no multiple of the pooling kernels
+        (1, 1),
+        (2, 5),  # just k
+        (3, 4),
+        (5, 7),
+    ],
+)
+def test_a_video_alone_is_the_video_in_a_batch(make, side, frames, places):
+    model, longest = make(), 6
+    short, other = video(1, frames, places), video(1, longest, places, seed=3)
+    times = torch.arange(longest).float().square()
+    padding = 50 * video(1, longest - frames, places, seed=4)  # padding may hold anything finite
+    parts = (short, padding) if side == "right" else (padding, short)
+    real = slice(0, frames) if side == "right" else slice(longest - frames, longest)
+    mask = torch.ones(2, longest, dtype=torch.long)
+    mask[1] = 0
+    mask[1, real] = 1
+    batch_times = torch.stack([times, torch.full_like(times, 77.0)])
+    batch_times[1, real] = times[:frames]
+    words = question(2)
+    for frame_times in (None, batch_times):
+        batch = run(
+            model,
+            torch.cat([other, torch.cat(parts, dim=1)]),
+            frame_mask=mask,
+            frame_times=frame_times,
+            text_embeds=words,
+        )
+        alone_times = None if frame_times is None else times[None, :frames]
+        alone = run(model, short, frame_times=alone_times, text_embeds=words[1:])
+        close(batch.video_tokens[1:], alone.video_tokens)
+        weights = batch.weights[1].view(8, longest, places)
+        close(weights[:, real].flatten(1), alone.weights[0])
+        assert (weights[:, mask[1] == 0] == 0).all()  # exactly, not nearly
+        close(batch.weights.sum(-1), torch.ones(2, 8))
+        close(batch.scores[1:, real], alone.scores)
+        # And the full-length video beside it needs no mask.
+        full_times = None if frame_times is None else times[None]
+        close(batch.video_tokens[:1], run(model, other, frame_times=full_times, text_embeds=words[:1]).video_tokens)
+
+
+def test_mask_of_ones_is_no_mask():
+    model, tokens = trained(), video(2)
+    close(run(model, tokens, frame_mask=torch.ones(2, 3)).weights, run(model, tokens).weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_padding_of_zeros_is_harmless_in_every_dtype(dtype):
+    # Batches are padded with zeros, whose norm is 0 and must not be divided by.
+    tokens = video(2).to(dtype)
+    tokens[1, 2] = 0
+    out = run(fresh().to(dtype), tokens, frame_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    assert out.video_tokens.isfinite().all()
+    assert out.scores.isfinite().all()
+
+
+# ---- the question ----
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_question_padding_is_harmless(side):
+    model, words = trained(), question(1, 5)
+    padding = 20 * question(1, 3, seed=9)
+    parts, mask = ((words, padding), [1] * 5 + [0] * 3) if side == "right" else ((padding, words), [0] * 3 + [1] * 5)
+    padded = run(model, video(), text_embeds=torch.cat(parts, dim=1), text_mask=torch.tensor([mask]))
+    close(padded.weights, run(model, video(), text_embeds=words).weights)
+
+
+def test_question_matters():
+    model = trained()
+    asked = run(model, video(), text_embeds=question()).weights
+    assert differs(run(model, video(), text_embeds=question(seed=5)).weights, asked) > 1e-3
+    assert differs(run(model, video(), text_embeds=question().flip(1)).weights, asked) > 1e-4  # word order
+    assert differs(run(model, video()).weights, asked) > 1e-3
+
+
+def test_question_is_not_read_without_text_conditioning():
+    model = trained(text_conditioning=False)
+    assert torch.equal(
+        run(model, video(), text_embeds=question()).video_tokens, run(model, video()).video_tokens
+    )  # bit for bit
+
+
+def test_no_question_equals_masked_question():
+    model, tokens = trained(), video(2)
+    none = run(model, tokens).weights
+    close(run(model, tokens, text_embeds=question(2), text_mask=torch.zeros(2, 5)).weights, none)
+    close(run(model, tokens, text_embeds=question(2, 0)).weights, none)
+    # Also beside a sample that has one.
+    mask = torch.tensor([[1] * 5, [0] * 5])
+    mixed = run(model, tokens, text_embeds=question(2), text_mask=mask).weights
+    close(mixed[1], none[1])
+    assert differs(mixed[0], none[0]) > 1e-3
+
+
+# ---- training ----
+
+TEXT_ONLY = ("project_text.", "aggregator.text_norm.", "embed_word_order.")
+ONE_KEY = (".text_norm.", ".text_attention.query.", ".text_attention.key.")  # with one key there is nothing to choose
+
+
+def gradients(model, **inputs) -> dict[str, float]:
+    """Size of each parameter's gradient; what a softmax cancels by construction is left out."""
+    model.train()
+    tokens = video(2, 5, 7)
+    target = video(1, 1, 16, seed=8)[0, 0].repeat(2, 1, 1)[:, :8]
+    out = model(tokens, **inputs)
+    (out.video_tokens * target).sum().backward()
+    return {
+        name: 0.0 if parameter.grad is None else parameter.grad.abs().max().item()
+        for name, parameter in model.named_parameters()
+        # A bias of keys adds the same to all logits of a query.
+        if not name.endswith("key.bias")
+    }
+
+
+@pytest.mark.parametrize("make", [fresh, trained])
+def test_every_parameter_trains(make):
+    found = gradients(make(), text_embeds=question(2))  # 35 tokens, 10 kept
+    assert len(found) > 60
+    # Far above float32's noise, which is what a cancelled gradient shows.
+    assert {name: size for name, size in found.items() if size < 1e-9} == {}
+    if make is trained:
+        assert {name: size for name, size in found.items() if size < 1e-5} == {}
+
+
+@pytest.mark.parametrize("settings", [{}, {"text_conditioning": False}])
+def test_without_text_only_text_parameters_do_not_train(settings):
+    model = trained(**settings)
+    found = gradients(model, **({"text_embeds": question(2)} if settings else {}))
+    idle = {name for name, size in found.items() if size < 1e-7}
+    per_layer = {name for name in found if ".layers." in name and any(part in name for part in ONE_KEY)}
+    expected = {name for name in found if any(part in name for part in TEXT_ONLY)} | per_layer
+    assert idle == expected
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_gradient(reentrant):
+    expected = gradients(trained(), text_embeds=question(2))
+    model = trained()
+    # transformers 5.2x renames it.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    assert all(layer.gradient_checkpointing for layer in [*model.scorer.layers, *model.aggregator.layers])
+    found = gradients(model, text_embeds=question(2))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_higher_score_earns_a_higher_weight():
+    model = trained(num_selected_tokens=12)
+    features, mask = torch.randn(1, 12, 16), torch.ones(1, 12, dtype=torch.bool)
+    places, scores = torch.rand(1, 12, 3), torch.zeros(1, 12, requires_grad=True)
+    weights = model.aggregator(features, mask, places, scores, None, None)
+    (gradient,) = torch.autograd.grad(weights[..., 5].sum(), scores)
+    assert gradient[0, 5] > 0
+    # In scale 1 every other token loses; weights sum to 1.
+    (gradient,) = torch.autograd.grad(
+        model.aggregator(features, mask, places, scores, None, None)[:, :4, 5].sum(), scores
+    )
+    assert (gradient[0, [*range(5), *range(6, 12)]] < 0).all()
+
+
+@pytest.mark.parametrize("score", [-30.0, -12.0, 0.0, 30.0])
+def test_equal_scores_weigh_nothing_however_large(score):
+    model = trained(num_selected_tokens=12)
+    features, mask, places = torch.randn(1, 12, 16), torch.ones(1, 12, dtype=torch.bool), torch.rand(1, 12, 3)
+    with torch.no_grad():
+        expected = model.aggregator(features, mask, places, torch.zeros(1, 12), None, None)
+        close(model.aggregator(features, mask, places, torch.full((1, 12), score), None, None), expected)
+
+
+# ---- time and order ----
+
+
+@pytest.mark.parametrize("make", [fresh, trained])
+def test_frame_order_matters(make):
+    model, tokens = make(num_selected_tokens=100), video(1, 6, 4)
+    forward, backward = run(model, tokens), run(model, tokens.flip(1))
+    assert differs(backward.video_tokens, forward.video_tokens) > 0.1
+    # Without a sense of time the reversed video would get the reversed weights.
+    mirrored = backward.weights.view(1, 8, 6, 4).flip(2).flatten(2)
+    assert differs(mirrored, forward.weights) > 0.1
+
+
+def test_place_in_the_frame_matters():
+    model, tokens = trained(num_selected_tokens=100), video(1, 3, 9)
+    moved = run(model, tokens.flip(2)).weights.view(1, 8, 3, 9).flip(3).flatten(2)
+    assert differs(moved, run(model, tokens).weights) > 0.01
+
+
+def test_grid_says_where_tokens_lie():
+    model, tokens = fresh(num_selected_tokens=100, queries_per_scale=(8, 2, 2)), video(1, 2, 12)
+    weights = run(model, tokens, grid=(2, 6)).weights[0, :8].view(2, 4, 2, 2, 6)  # [time, quarter, T, rows, columns]
+    top, bottom = weights[:, :2], weights[:, 2:]
+    left, right = weights[:, ::2], weights[:, 1::2]
+    assert (top[..., 0, :].sum((-1, -2)) > 0.7).all()
+    assert (bottom[..., 1, :].sum((-1, -2)) > 0.7).all()
+    assert (left[..., :3].sum((-1, -2, -3)) > 0.7).all()
+    assert (right[..., 3:].sum((-1, -2, -3)) > 0.7).all()
+    with pytest.raises(ValueError, match="grid 3 x 5 does not hold the 12 tokens"):
+        model(tokens, grid=(3, 5))
+
+
+EVEN = torch.arange(8).float()
+
+
+def test_even_times_are_the_default():
+    expected = (EVEN[None] + 0.5) / 8
+    close(normalise_times(None, None, 1, 8, EVEN.device), expected)
+    for times in (EVEN, 0.04 * EVEN + 7, 60 * EVEN + 1e4, EVEN.long(), EVEN.double() - 3):
+        close(normalise_times(times[None], None, 1, 8, EVEN.device), expected)
+    model, tokens = trained(), video(1, 8, 4)
+    close(run(model, tokens, frame_times=3 * EVEN[None] + 5).weights, run(model, tokens).weights, 1e-4)
+
+
+def test_offset_and_scale_of_times_do_not_matter():
+    model, tokens, times = trained(), video(1, 8, 4), EVEN.square()[None]
+    expected = run(model, tokens, frame_times=times).weights
+    close(run(model, tokens, frame_times=0.25 * times + 16).weights, expected, 1e-4)
+    assert differs(run(model, tokens).weights, expected) > 1e-3
+
+
+@pytest.mark.parametrize("times", [[[5.0]], [[0.0]]])
+def test_time_of_a_single_frame(times):
+    times = torch.tensor(times)
+    close(normalise_times(times, None, 1, 1, times.device), torch.tensor([[0.5]]))
+    # Also where the mask leaves only one.
+    mask = torch.tensor([[True, False, False]])
+    found = normalise_times(torch.tensor([[5.0, 9.0, 0.0]]), mask, 1, 3, times.device)
+    assert found[0, 0] == 0.5 and found.isfinite().all()
+
+
+def test_equal_times_count_as_even():
+    found = normalise_times(torch.full((1, 4), 3.0), None, 1, 4, EVEN.device)
+    close(found, torch.tensor([[0.125, 0.375, 0.625, 0.875]]))
+
+
+def test_times_stay_in_order_and_range():
+    times = torch.tensor([[0.0, 0.1, 0.2, 9.0, 9.1], [0.0, 5.0, 6.0, 1e6, -1e6]])
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    found = normalise_times(times, mask, 2, 5, times.device)
+    assert (found >= 0).all() and (found <= 1).all()
+    assert (found[0].diff() > 0).all() and (found[1, :3].diff() > 0).all()
+    close(found[1:, :3], normalise_times(times[1:, :3], None, 1, 3, times.device))  # padding's times are not read
+
+
+def test_uneven_times_move_weights():
+    # Seven frames in the first second, one much later: the cells of the second half of the video see only that one.
+    model = fresh(num_selected_tokens=100)
+    times = torch.tensor([[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 10.0]])
+    even = run(model, video(1, 8, 4)).weights.view(8, 8, 4).sum(-1)
+    uneven = run(model, video(1, 8, 4), frame_times=times).weights.view(8, 8, 4).sum(-1)
+    assert uneven[3, 7] > 0.95  # scale 1, last of four cells
+    assert even[3, 7] < 0.75
+    assert uneven[0, :7].sum() > 0.99
+
+
+# ---- top-k ----
+
+
+def test_top_k_takes_the_highest_scores_in_the_videos_order():
+    scores = torch.randperm(60, generator=torch.Generator().manual_seed(0)).view(2, 5, 6).float()
+    index, mask = select_top_k(scores, None, 7)
+    assert mask.all() and index.shape == (2, 7)
+    assert (index.diff() > 0).all()
+    best = scores.flatten(1).topk(7).indices.sort().values
+    assert torch.equal(index, best)
+
+
+def test_top_k_leaves_padding_out_and_puts_it_last():
+    scores = torch.randn(3, 4, 3)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 0, 0]]).bool()
+    scores[~mask] = 100.0  # padding may score anything
+    index, kept = select_top_k(scores, mask, 8)
+    assert kept.sum(-1).tolist() == [8, 6, 3]
+    assert index[1, :6].tolist() == list(range(6))
+    assert index[2, :3].tolist() == [3, 4, 5]
+    assert (kept.long().diff() <= 0).all()
+    assert (index >= 0).all() and (index < 12).all()  # what is not kept must still be safe to gather
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 2, dtype=torch.bool)])
+def test_k_above_the_number_of_tokens_keeps_all(mask):
+    index, kept = select_top_k(torch.randn(1, 2, 3), mask, 1000)
+    assert index.tolist() == [list(range(6))]
+    assert kept.all()
+
+
+@pytest.mark.parametrize(
+    "places",
+    [64, 81, 128, 256, pytest.param(144, id="144 of Molmo"), pytest.param(729, id="729 of Mipha")],
+)
+def test_ties_spread_over_the_video(places):
+    frames, k = 64, 1024
+    index, _ = select_top_k(torch.zeros(1, frames, places), None, k)
+    per_frame = (index[0] // places).bincount(minlength=frames)
+    assert per_frame.min() >= 0.75 * k / frames and per_frame.max() <= 1.25 * k / frames
+    # No corner of the picture is never seen, nor one place kept in frame after frame.
+    per_place = (index[0] % places).bincount(minlength=places)
+    assert (per_place > 0).float().mean() > 0.95
+    assert per_place.max() <= 2 * math.ceil(k / places)
+
+
+def test_a_fresh_tokenizer_samples_every_moment():
+    model = fresh(bottleneck_size=64, num_selected_tokens=64)
+    index, _ = select_top_k(run(model, video(1, 16, 16)).scores, None, 64)
+    per_frame = (index[0] // 16).bincount(minlength=16)
+    assert per_frame.min() >= 2 and per_frame.max() <= 6
+
+
+def test_selected_tokens_are_the_only_ones_weighed():
+    model, tokens = trained(), video(1, 5, 7)
+    out = run(model, tokens)
+    index, _ = select_top_k(out.scores, None, 10)
+    used = (out.weights[0] > 0).any(0).nonzero().flatten()
+    assert torch.equal(used, index[0])
+
+
+# ---- MTP ----
+
+
+@pytest.mark.parametrize("kernel, length", [(1, 5), (2, 6), (2, 5), (4, 8), (4, 7), (4, 3)])
+def test_pooling_means_and_partial_last_window(kernel, length):
+    x = torch.randn(2, length, 3)
+    windows = PoolingWindows(torch.ones(2, length, dtype=torch.bool), kernel)
+    expected = torch.stack([part.mean(1) for part in x.split(kernel, dim=1)], dim=1)
+    close(windows.pool(x), expected)
+    assert windows.mask.shape == (2, math.ceil(length / kernel)) and windows.mask.all()
+
+
+def test_pooling_ignores_masked_tokens():
+    x = torch.randn(2, 7, 3)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[1, 3:] = False
+    for kernel in (2, 4):
+        windows = PoolingWindows(mask, kernel)
+        pooled = windows.pool(x.masked_fill(~mask[..., None], 1e4))
+        alone = PoolingWindows(mask[1:, :3], kernel)
+        count = alone.mask.shape[1]
+        close(pooled[1:, :count], alone.pool(x[1:, :3]))
+        assert windows.mask[0].all()
+        assert windows.mask[1].tolist() == [True] * count + [False] * (windows.mask.shape[1] - count)
+        assert (windows.spread(torch.ones(2, 1, windows.mask.shape[1]))[1, 0, 3:] == 0).all()
+
+
+@pytest.mark.parametrize("kernel, length", [(1, 5), (2, 5), (4, 7), (4, 8)])
+def test_spread_is_the_transpose_of_pool(kernel, length):
+    mask = torch.ones(1, length, dtype=torch.bool)
+    mask[0, length - 2 :] = False
+    windows = PoolingWindows(mask, kernel)
+    matrix = windows.pool(torch.eye(length)[None])[0]  # [W, length]: pooling the identity gives the map itself
+    if kernel == 1:
+        matrix = matrix * mask[0]
+    weights = torch.rand(1, 6, matrix.shape[0])
+    close(windows.spread(weights)[0], weights[0] @ matrix)
+    weights = weights.masked_fill(~windows.mask[:, None], 0)
+    close(windows.spread(weights).sum(-1), weights.sum(-1))  # what goes in comes out
+
+
+# ---- useful before training ----
+
+CELLS = {"num_selected_tokens": 10**6, "queries_per_scale": (32, 16, 8)}
+
+
+def centers_of_mass(weights, frames, side):
+    """[M, 3]: where each query looks, in time, height and width."""
+    weights = weights.view(-1, frames, side, side)
+    time, place = (torch.arange(frames) + 0.5) / frames, (torch.arange(side) + 0.5) / side
+    return torch.stack([weights.sum((2, 3)) @ time, weights.sum((1, 3)) @ place, weights.sum((1, 2)) @ place], dim=-1)
+
+
+def test_queries_start_at_their_cells():
+    frames, side = 16, 8
+    model = fresh(**CELLS)
+    out = run(model, video(1, frames, side**2))
+    found = centers_of_mass(out.weights[0], frames, side)
+    cells = torch.tensor([center for center, _ in model.config.query_cells()])
+    # A cell's edge is soft and the video ends, so its mass leans inwards; a quarter of the video is still far off.
+    assert (found - cells).abs().max() < 0.12
+    start = 0
+    for count in model.config.queries_per_scale:
+        nearest = torch.cdist(found[start : start + count], cells[start : start + count]).argmin(-1)
+        assert torch.equal(nearest, torch.arange(count))
+        start += count
+    # Concentrated, not just centred: most weight lies within two widths in time.
+    for row, (center, width) in zip(out.weights[0], model.config.query_cells(), strict=True):
+        time = (torch.arange(frames) + 0.5) / frames
+        near = (time - center[0]).abs() <= 2 * width[0] + 0.5 / frames
+        assert row.view(frames, -1).sum(-1)[near].sum() > 0.9
+
+
+@pytest.mark.parametrize("k", [48, 10**6])
+@pytest.mark.parametrize("frames", [1, 2, 7, 64])
+def test_any_number_of_frames_in_temporal_order(frames, k):
+    model = fresh(**{**CELLS, "num_selected_tokens": k})
+    out = run(model, video(1, frames, 16))
+    close(out.weights.sum(-1), torch.ones(1, 56))
+    assert out.video_tokens.isfinite().all()
+    times = centers_of_mass(out.weights[0], frames, 4)[:, 0]
+    for part, count in zip(times.split((32, 16, 8)), (32, 16, 8), strict=True):
+        steps = part.view(-1, 4).mean(-1)  # four quarters of the picture a step
+        assert len(steps) == count // 4
+        assert (steps.diff() > -1e-3).all()  # with few frames neighbouring cells see the same frame
+        if frames == 64:
+            assert (steps.diff() > 0.5 / len(steps)).all()
+
+
+def test_denser_sampling_of_one_video_gives_nearby_tokens():
+    model = fresh(**{**CELLS, "hidden_size": WIDTH})
+    start, end, wobble = video(3, 1, 16).split(1)
+
+    def sample(frames):
+        time = ((torch.arange(frames) + 0.5) / frames)[None, :, None, None]
+        return start * (1 - time) + end * time + wobble * (2 * math.pi * time).sin()
+
+    sparse, dense = (run(model, sample(frames)).video_tokens[0] for frames in (16, 32))
+    similar = F.cosine_similarity(sparse[:, None], dense[None], dim=-1)
+    assert similar.diagonal().min() > 0.98
+    assert differs(dense, sparse) < 0.1
+
+
+def test_neighbouring_frames_have_different_places():
+    embed = PlaceEmbedding(1, 64)
+    with torch.no_grad():
+        for frames in (2, 64, 512):
+            places = embed(((torch.arange(frames) + 0.5) / frames)[:, None])
+            assert places.shape == (frames, 64)
+            assert (places.diff(dim=0).norm(dim=-1) > 0.2).all()
+
+
+# ---- backends and precision ----
+
+BATCH = {
+    "frame_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+    "frame_times": torch.tensor([[0.0, 1, 2, 4, 8], [0, 3, 4, 0, 0]]),
+    "text_embeds": question(2),
+    "text_mask": torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]),
+}
+
+
+def test_eager_and_sdpa_agree(monkeypatch):
+    fused, calls = F.scaled_dot_product_attention, []
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(video_tokenizer.F, "scaled_dot_product_attention", counting)
+    model = trained()
+    assert model.config._attn_implementation == "sdpa"
+    expected = run(model, video(2, 5, 7), **BATCH)
+    assert calls
+    calls.clear()
+    model.set_attn_implementation("eager")
+    found = run(model, video(2, 5, 7), **BATCH)
+    assert not calls
+    close(found.weights, expected.weights)
+    close(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, attention):
+    model = fresh(attn_implementation=attention).to(dtype)
+    half = run(model, video(2, 5, 7).to(dtype), **{**BATCH, "text_embeds": question(2).to(dtype)})
+    assert half.video_tokens.dtype == half.weights.dtype == dtype
+    assert half.scores.dtype == torch.float32
+    assert half.video_tokens.isfinite().all()
+    close(half.weights.float().sum(-1), torch.ones(2, 8), 0.01)
+    # With all tokens kept, rounding cannot change the selection, and the numbers must be float32's.
+    model.config.num_selected_tokens = 35
+    half = run(model, video(2, 5, 7).to(dtype), **{**BATCH, "text_embeds": question(2).to(dtype)})
+    exact = run(
+        model.float(), video(2, 5, 7).to(dtype).float(), **{**BATCH, "text_embeds": question(2).to(dtype).float()}
+    )
+    assert differs(half.weights.float(), exact.weights) < 0.02
+    assert differs(half.video_tokens.float(), exact.video_tokens) < 0.02
+
+
+@pytest.mark.parametrize("scale", [1e-3, 300.0])
+def test_half_precision_with_large_and_small_tokens(scale):
+    # Visual tokens of some projectors reach hundreds; float16 ends at 65504.
+    model = fresh().half()
+    tokens = (scale * video(1, 5, 7)).half()
+    out = run(model, tokens)
+    assert out.video_tokens.isfinite().all() and out.scores.isfinite().all()
+    assert differs(out.weights.float(), run(model, video(1, 5, 7).half()).weights.float()) < 0.02
+
+
+def test_autocast_stays_close_to_float32():
+    model = fresh(num_selected_tokens=35)
+    exact = run(model, video(2, 5, 7), **BATCH)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run(model, video(2, 5, 7), **BATCH)
+    assert differs(cast.weights.float(), exact.weights) < 0.02
+
+
+def test_compiles_whole():
+    model = trained()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    expected, found = run(model, video(2, 5, 7), **BATCH), run(compiled, video(2, 5, 7), **BATCH)
+    close(found.video_tokens, expected.video_tokens)
+    close(found.weights, expected.weights)
+
+
+def test_nothing_depends_on_the_values():
+    # On the meta device there are none: anything read back to Python, or made on another device, raises.
+    inputs = {name: value.to("meta") for name, value in BATCH.items()}
+    out = fresh().to("meta")(video(2, 5, 7).to("meta"), output_weights=True, **inputs)
+    assert out.video_tokens.shape == (2, 8, WIDTH)
+    assert out.weights.shape == (2, 8, 35)
+
+
+def test_weights_kept_off_the_device_until_needed():
+    # As `device_map` does for modules that do not fit: each module's weights come only when it is called.
+    accelerate = pytest.importorskip("accelerate")
+    model = trained()
+    expected = run(model, video(2, 5, 7), **BATCH)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    close(run(model, video(2, 5, 7), **BATCH).weights, expected.weights)
+
+
+# ---- saving, loading, initial values ----
+
+
+def test_saved_and_loaded_bit_for_bit(tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    loaded, info = LinearVideoTokenizer.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    state = loaded.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    # Not bit for bit: loaded tensors may be aligned otherwise in memory, which changes the order of sums.
+    close(run(loaded.eval(), video()).video_tokens, run(model, video()).video_tokens)
+
+
+def check_initial(name, value, config):
+    cells = config.query_cells()
+    if name.endswith("centers"):
+        close(value, torch.tensor([center for center, _ in cells]))
+    elif name.endswith("log_widths"):
+        close(value.exp(), torch.tensor([width for _, width in cells]))
+    elif name == "scorer.score.weight":
+        assert 0 < value.abs().max() < 1e-3  # nearly equal scores
+    elif "norm" in name and name.endswith("weight"):
+        assert (value == 1).all()
+    elif name.endswith("bias"):
+        assert (value == 0).all()
+    elif "feed_forward.0" in name:  # a norm without the name
+        assert (value == 1).all()
+    else:
+        std = config.initializer_range
+        assert value.abs().max() < 6 * std
+        assert value.std() > 0.5 * std
+
+
+@pytest.mark.parametrize("settings", [{}, {"initializer_range": 0.1}])
+def test_initial_values(settings):
+    model = fresh(**settings)
+    for name, parameter in model.named_parameters():
+        check_initial(name, parameter.detach(), model.config)
+
+
+def test_a_fresh_tokenizer_scores_nearly_alike():
+    scores = run(fresh(), video(2, 5, 7)).scores
+    assert 0 < scores.std() < 5e-3
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "aggregator.centers",
+        "aggregator.log_widths",
+        "aggregator.queries",
+        "aggregator.no_text",
+        "scorer.score.weight",
+        "scorer.norm.weight",
+        "scorer.embed_time.linear.weight",
+        "aggregator.layers.0.text_attention.output.bias",
+    ],
+)
+def test_what_a_checkpoint_lacks_gets_its_initial_value(tmp_path, missing):
+    # Loading builds the model on the meta device, where constructors write nothing.
+    model = trained()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    saved = load_file(file)
+    del saved[missing]
+    save_file(saved, file, metadata={"format": "pt"})
+    torch.manual_seed(3)
+    loaded, info = LinearVideoTokenizer.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {missing}
+    state = loaded.state_dict()
+    check_initial(missing, state.pop(missing), loaded.config)
+    assert all(torch.equal(value, saved[name]) for name, value in state.items())
+
+
+def test_default_size_at_a_real_width():
+    with torch.device("meta"):
+        model = LinearVideoTokenizer(LinVTConfig(hidden_size=3584))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert 5e6 < count <= 60e6
+
+
+def test_width_must_be_known():
+    with pytest.raises(ValueError, match="neither base_config nor hidden_size"):
+        LinearVideoTokenizer(LinVTConfig())

@@ -1,0 +1,151 @@
+"""The `linvt` command: wrap an image-LLM, ask a model about a video."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. Returns 0, or 2 after one sentence on standard error if the user can mend what went wrong."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        # transformers explains at length; its first line says what is wrong.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        print(f"linvt: {lines[0]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("linvt: interrupted.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="linvt", description="Video for image-LLMs, with LinVT.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    wrap = commands.add_parser("wrap", help="give an image-LLM a video tokenizer and save the whole as a Hub folder")
+    wrap.add_argument("base", metavar="BASE", help="image-LLM: a Hub id or a folder in transformers' layout")
+    wrap.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    wrap.add_argument("--num-frames", type=int, default=32, help="frames read from each video by default (32)")
+    wrap.add_argument("--fps", type=float, help="frames a second by default; then --num-frames is the most")
+    wrap.add_argument("--video-token", help="token that stands for a video, if the base has no free one")
+    wrap.add_argument(
+        "--dtype", default="auto", help="type of the weights: auto (as stored), bfloat16, float16, float32"
+    )
+    wrap.add_argument(
+        "--set",
+        metavar="FIELD=VALUE",
+        action="append",
+        default=[],
+        help="a field of LinVTConfig, e.g. --set num_selected_tokens=2048 (value in JSON); may be repeated",
+    )
+    wrap.set_defaults(run=_wrap)
+
+    ask = commands.add_parser("ask", help="ask a LinVT model about a video")
+    ask.add_argument("model", metavar="MODEL", help="LinVT model: a Hub id or a folder")
+    ask.add_argument("video", metavar="VIDEO", help="a video file or URL")
+    ask.add_argument("question", metavar="QUESTION")
+    ask.add_argument("--choices", nargs="+", metavar="CHOICE", help="options; prints the probability of each")
+    ask.add_argument("--num-frames", type=int, help="frames to read, instead of the model's default")
+    ask.add_argument("--fps", type=float, help="frames a second to read, instead of the model's default")
+    ask.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (256)")
+    ask.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
+    ask.add_argument(
+        "--dtype", default="auto", help="type of the weights: auto (as stored), bfloat16, float16, float32"
+    )
+    ask.add_argument("--json", action="store_true", help="print one JSON object")
+    ask.set_defaults(run=_ask)
+    return parser
+
+
+def _wrap(args) -> None:
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(f"{args.out} exists and is not an empty folder; choose another, nothing was written.")
+    settings = dict(_setting(pair) for pair in args.set)
+    _say(f"loading {args.base}")
+    from linvt_hf import wrap  # torch and transformers take seconds to import; `--help` should not
+
+    model, processor = wrap(
+        args.base,
+        video_token=args.video_token,
+        num_frames=args.num_frames,
+        fps=args.fps,
+        model_kwargs={"dtype": args.dtype},
+        **settings,
+    )
+    _say(f"writing {args.out}")
+    model.save_pretrained(args.out, processor=processor)
+    added = sum(parameter.numel() for parameter in model.video_tokenizer.parameters()) / 1e6
+    print(f"{args.out}: {args.base} with a video tokenizer of {added:.1f} M untrained parameters.")
+
+
+def _setting(pair: str) -> tuple[str, object]:
+    from linvt_hf import LinVTConfig
+
+    name, separator, value = pair.partition("=")
+    fields = LinVTConfig.__dataclass_fields__
+    if not separator or name not in fields:
+        raise ValueError(f"--set {pair}: expected FIELD=VALUE with a field of LinVTConfig.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--set {pair}: the value is not JSON ({error}).") from error
+
+
+def _ask(args) -> None:
+    if "://" not in args.video and not Path(args.video).exists():
+        raise ValueError(f"There is no video at {args.video}.")
+    _say(f"loading {args.model}")
+    pipeline = _load(args)
+    sampling = {"num_frames": args.num_frames, "fps": args.fps}
+    _say(f"reading {args.video}")
+    if args.choices:
+        answers = pipeline(video=args.video, question=args.question, choices=args.choices, **sampling)
+        text = "\n".join(f"{100 * answer['score']:5.1f} %  {answer['answer']}" for answer in answers)
+    else:
+        from transformers import TextStreamer
+
+        streamer = None if args.json else TextStreamer(pipeline.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        answers = pipeline(
+            video=args.video,
+            question=args.question,
+            max_new_tokens=args.max_new_tokens,
+            streamer=streamer,
+            **sampling,
+        )
+        text = None  # the streamer has printed it
+    if args.json:
+        result = {"answers": answers} if args.choices else answers[0]
+        text = json.dumps({"video": args.video, "question": args.question, **result}, ensure_ascii=False)
+    if text is not None:
+        print(text)
+
+
+def _load(args):
+    import torch
+    from transformers import AutoConfig
+
+    from linvt_hf import LinVTForConditionalGeneration, LinVTProcessor, VideoQuestionAnsweringPipeline
+
+    config = AutoConfig.from_pretrained(args.model)
+    if config.model_type != "linvt":
+        raise ValueError(
+            f"{args.model} is a {config.model_type} model, not a LinVT one; wrap it first: "
+            f"linvt wrap {args.model} OUT."
+        )
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # Our own classes: nothing that a model's folder brings along is run.
+    model = LinVTForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype).eval()
+    processor = LinVTProcessor.from_pretrained(args.model)
+    return VideoQuestionAnsweringPipeline(model=model, processor=processor, device=device)
+
+
+def _say(what: str) -> None:
+    print(f"linvt: {what} ...", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
