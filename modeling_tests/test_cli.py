@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import base_folder
+from tiny_models import base_folder
 from video_files import moving_square, write_video
 
 from linvt_hf import LinVTForConditionalGeneration

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import chat, encode, wrapped
 from huggingface_hub import ModelCard
 from tiny_bases import NAMED
+from tiny_models import chat, encode, wrapped
 from video_files import moving_square, write_video
 
 FRESH = """

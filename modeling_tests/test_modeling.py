@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import base_folder, chat, encode, noise_video, wrapped
 from PIL import Image
 from tiny_bases import NAMED, TINY_LINVT, UNNAMED
+from tiny_models import base_folder, chat, encode, noise_video, wrapped
 from transformers import AutoModelForImageTextToText
 
 from linvt_hf import LinVTConfig, LinVTForConditionalGeneration

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import chat, encode, noise_video, wrapped
 from tiny_bases import NAMED, UNNAMED
+from tiny_models import chat, encode, noise_video, wrapped
 from transformers import TextStreamer, pipeline
 from video_files import moving_square, write_video
 

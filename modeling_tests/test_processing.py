@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import base_folder, chat, encode, noise_video, wrapped
 from PIL import Image
 from tiny_bases import NAMED, UNNAMED
+from tiny_models import base_folder, chat, encode, noise_video, wrapped
 from video_files import moving_square, write_video
 
 from linvt_hf import LinVTProcessor, wrap
