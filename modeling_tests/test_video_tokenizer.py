@@ -583,7 +583,7 @@ def test_neighbouring_frames_have_different_places():
     embed = PlaceEmbedding(1, 64)
     with torch.no_grad():
         for frames in (2, 64, 512):
-            places = embed(((torch.arange(frames) + 0.5) / frames)[:, None])
+            places = embed(((torch.arange(frames) + 0.5) / frames)[:, None], torch.float32)
             assert places.shape == (frames, 64)
             assert (places.diff(dim=0).norm(dim=-1) > 0.2).all()
 

@@ -14,6 +14,18 @@ OWN_CONFIGS = {config.model_type: config for config in (MiphaConfig,)}
 for _model_type, _config_class in OWN_CONFIGS.items():
     AutoConfig.register(_model_type, _config_class, exist_ok=True)
 
+_LEAST = {
+    "bottleneck_size": 1,
+    "num_heads": 1,
+    "num_scoring_layers": 0,
+    "num_aggregation_layers": 0,
+    "mlp_ratio": 1,
+    "num_selected_tokens": 1,
+    "pooling_scales": 1,
+    "queries_per_scale": 1,
+    "frames_per_chunk": 1,
+}
+
 
 @strict
 class LinVTConfig(PreTrainedConfig):
@@ -58,7 +70,7 @@ class LinVTConfig(PreTrainedConfig):
     queries_per_scale: list[int] | tuple[int, ...] = (32, 16, 16)  # ours; authors' code: 16 to 64 in all
     text_conditioning: bool = True  # paper
     frames_per_chunk: int = 32  # ours
-    initializer_range: float = 0.02  # ours
+    initializer_range: float | int = 0.02  # ours
 
     def __post_init__(self, **kwargs):
         if isinstance(self.base_config, dict):
@@ -78,13 +90,12 @@ class LinVTConfig(PreTrainedConfig):
                 f"pooling_scales {self.pooling_scales} and queries_per_scale {self.queries_per_scale} must have one "
                 "entry a scale each."
             )
-        counts = [self.num_selected_tokens, self.frames_per_chunk, *self.pooling_scales, *self.queries_per_scale]
-        if min(counts) < 1:
-            raise ValueError(
-                "num_selected_tokens, frames_per_chunk, pooling_scales and queries_per_scale must all be at least 1; "
-                f"got {self.num_selected_tokens}, {self.frames_per_chunk}, {self.pooling_scales}, "
-                f"{self.queries_per_scale}."
-            )
+        if not self.pooling_scales:
+            raise ValueError("pooling_scales [] and queries_per_scale [] are empty; give them an entry a scale.")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if min(value if isinstance(value, list) else [value]) < least:
+                raise ValueError(f"{name} must be at least {least}; got {value}.")
         if self.bottleneck_size % self.num_heads:
             raise ValueError(
                 f"bottleneck_size ({self.bottleneck_size}) must be a multiple of num_heads ({self.num_heads})."
@@ -111,11 +122,12 @@ class LinVTConfig(PreTrainedConfig):
         Where each query starts (ours): its centre and width in time, height and width, as fractions of the video.
 
         A scale's queries divide the video into equal stretches of time and, where their number allows, each stretch
-        into the four quarters of the picture. An axis that is not divided gets a width that weighs it evenly.
+        into the four quarters of the picture. Kernels above 2 average over whole rows of selected tokens, so their
+        queries divide time only. An axis that is not divided gets a width that weighs it evenly.
         """
         cells = []
-        for count in self.queries_per_scale:
-            side = 2 if count % 4 == 0 and count >= 8 else 1
+        for kernel, count in zip(self.pooling_scales, self.queries_per_scale, strict=True):
+            side = 2 if kernel <= 2 and count % 4 == 0 and count >= 8 else 1
             steps = count // side**2
             widths = tuple(0.5 / n if n > 1 else 2.0 for n in (steps, side, side))
             for index in range(count):

@@ -11,6 +11,7 @@ that is learned works in a bottleneck of width d and ends in weights; the values
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class VideoTokenizerOutput(ModelOutput):
     """
     video_tokens: [B, M, D], what the LLM reads.
     weights: [B, M, T * N], W of `video_tokens == weights @ visual_tokens`; only when asked for.
-    scores: [B, T, N] float32, the significance that SSS gave each token, as a logit.
+    scores: [B, T, N] float32, the significance that SSS gave each token, as a logit; meaningless in padding frames.
     """
 
     video_tokens: Tensor | None = None
@@ -47,11 +48,11 @@ class PlaceEmbedding(nn.Module):
         super().__init__()
         self.linear = nn.Linear(2 * self.BANDS * axes, size)
 
-    def forward(self, places: Tensor) -> Tensor:  # [..., axes] -> [..., d]
+    def forward(self, places: Tensor, dtype: torch.dtype) -> Tensor:  # [..., axes] -> [..., d]
         exponents = torch.linspace(-1.0, math.log2(self.FASTEST), self.BANDS, device=places.device)
         angles = 2 * math.pi * places.float()[..., None] * exponents.exp2()  # [..., axes, bands]
         waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
-        return self.linear(waves.to(self.linear.weight.dtype))
+        return self.linear(waves.to(dtype))
 
 
 class Attention(nn.Module):
@@ -61,7 +62,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         size = config.bottleneck_size
-        self.query, self.key = nn.Linear(size, size), nn.Linear(size, size)
+        self.query, self.key = nn.Linear(size, size), nn.Linear(size, size, bias=False)
         self.value, self.output = nn.Linear(size, size), nn.Linear(size, size)
 
     def forward(self, x: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:
@@ -111,26 +112,31 @@ class ScoringLayer(GradientCheckpointingLayer):
         return x + self.feed_forward(x)
 
 
+class ScoreHead(nn.Linear):
+    """Features to one logit. A class of its own because it starts nearly at zero; see `_init_weights`."""
+
+
 class SignificanceScorer(nn.Module):
     """SSS: a logit for every token of a video, and the features it came from."""
 
     def __init__(self, config: LinVTConfig):
         super().__init__()
-        self.project = nn.Linear(config.hidden_size, config.bottleneck_size)
+        self.project = nn.Linear(config.hidden_size, config.bottleneck_size, bias=False)
         self.embed_time = PlaceEmbedding(1, config.bottleneck_size)
         self.embed_place = PlaceEmbedding(2, config.bottleneck_size)
         self.layers = nn.ModuleList(ScoringLayer(config) for _ in range(config.num_scoring_layers))
         self.norm = nn.LayerNorm(config.bottleneck_size)
-        self.score = nn.Linear(config.bottleneck_size, 1)
+        self.score = ScoreHead(config.bottleneck_size, 1)
 
     def forward(self, visual_tokens: Tensor, frame_mask: Tensor | None, times: Tensor, grid: Tensor):
         # [B, T, N, D], [B, T], [B, T], [N, 2] -> features [B, T, N, d], scores [B, T, N]
         # Dividing by the root mean square makes the features independent of the base's scale, and dividing after the
         # projection spares a normalised copy of V.
         rms = torch.linalg.vector_norm(visual_tokens, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = math.sqrt(visual_tokens.shape[-1]) / rms.clamp(min=1e-6)
-        x = F.linear(visual_tokens, self.project.weight) * scale.to(visual_tokens.dtype) + self.project.bias
-        x = x + self.embed_time(times[..., None])[:, :, None] + self.embed_place(grid)
+        rms = rms / math.sqrt(visual_tokens.shape[-1])
+        x = self.project(visual_tokens)
+        x = x / rms.clamp(min=1e-4).to(x.dtype)
+        x = x + self.embed_time(times[..., None], x.dtype)[:, :, None] + self.embed_place(grid, x.dtype)
         for layer in self.layers:
             x = layer(x, frame_mask)
         x = self.norm(x)
@@ -147,10 +153,15 @@ def select_top_k(scores: Tensor, frame_mask: Tensor | None, k: int) -> tuple[Ten
     """
     batch, frames, places = scores.shape
     count = frames * places
-    order = torch.arange(count, device=scores.device)
-    # Ties, and the near-ties of an untrained scorer, are broken by a sequence that spreads evenly over the video
-    # (multiples of the golden ratio, in 16 bits), so that a fresh model samples every moment (ours).
-    ranking = scores.detach().flatten(1) + 0.01 * (order * 40503 % 65536) / 65536
+    # Ties, and the near-ties of an untrained scorer, are broken by a sequence that spreads evenly over time and over
+    # each frame (Roberts' R2, in 16 bits), so that a fresh model samples every moment and every place (ours).
+    place = torch.arange(places, device=scores.device)
+    if frame_mask is None:
+        frame = torch.arange(frames, device=scores.device).expand(batch, -1)
+    else:
+        frame = frame_mask.cumsum(dim=1) - 1  # counted over real frames: padding on either side is harmless
+    spread = (frame[..., None] * 49471 + place * 37345) % 65536
+    ranking = (scores.detach() + 0.01 / 65536 * spread).flatten(1)
     if frame_mask is None:
         index = ranking.topk(min(k, count)).indices.sort().values
         return index, torch.ones_like(index, dtype=torch.bool)
@@ -177,13 +188,19 @@ class PoolingWindows:
         self.share = windows / count.clamp(min=1)
         self.kernel = kernel
 
+    def _windows(self, x: Tensor) -> Tensor:  # [B, k, c] -> [B, W, s, c]
+        x = F.pad(x, (0, 0, 0, -self.length % self.kernel))
+        return rearrange(x, "b (w s) c -> b w s c", s=self.kernel)
+
     def pool(self, x: Tensor) -> Tensor:  # [B, k, c] -> [B, W, c]
         if self.kernel == 1:
             return x
-        x = F.pad(x, (0, 0, 0, -self.length % self.kernel))
-        return torch.einsum(
-            "bws,bwsc->bwc", self.share.to(x.dtype), rearrange(x, "b (w s) c -> b w s c", s=self.kernel)
-        )
+        return (self._windows(x) * self.share[..., None].to(x.dtype)).sum(dim=2)
+
+    def pool_log(self, x: Tensor) -> Tensor:  # [B, k] -> [B, W]: the logarithm of the average of exp(x)
+        if self.kernel == 1:
+            return x
+        return (self._windows(x[..., None])[..., 0] + self.share.clamp(min=1e-30).log()).logsumexp(dim=2)
 
     def spread(self, weights: Tensor) -> Tensor:  # [B, M, W] -> [B, M, k]: weights of windows as weights of tokens
         return rearrange(weights[..., None] * self.share[:, None], "b m w s -> b m (w s)")[..., : self.length]
@@ -200,12 +217,18 @@ class AggregationLayer(GradientCheckpointingLayer):
         self.feed_forward = FeedForward(config)
 
     def forward(
-        self, queries: Tensor, scales: list[tuple[Tensor, Tensor]], text: Tensor, text_mask: Tensor | None, sizes
-    ):
+        self,
+        queries: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None,
+        sizes: list[int],
+        masks: list[Tensor],
+        *scales: Tensor,  # not in a list: checkpointing finds only tensors that are arguments of their own
+    ) -> Tensor:
         x = self.self_norm(queries)
         queries = queries + self.self_attention(x, x)
         parts = self.visual_norm(queries).split(sizes, dim=1)
-        read = [self.visual_attention(part, tokens, mask) for part, (tokens, mask) in zip(parts, scales, strict=True)]
+        read = [self.visual_attention(*inputs) for inputs in zip(parts, scales, masks, strict=True)]
         queries = queries + torch.cat(read, dim=1)
         queries = queries + self.text_attention(self.text_norm(queries), text, text_mask)
         return queries + self.feed_forward(queries)
@@ -229,7 +252,7 @@ class TextConditionedAggregator(nn.Module):
         self.no_text = nn.Parameter(torch.empty(size))  # always readable, so a video without a question has a key too
         self.layers = nn.ModuleList(AggregationLayer(config) for _ in range(config.num_aggregation_layers))
         self.query_norm, self.to_query = nn.LayerNorm(size), nn.Linear(size, size)
-        self.to_key = nn.Linear(size, size)
+        self.to_key = nn.Linear(size, size, bias=False)
 
     def read_text(
         self, batch: int, text_embeds: Tensor | None, text_mask: Tensor | None
@@ -242,7 +265,8 @@ class TextConditionedAggregator(nn.Module):
             text_mask = text_embeds.new_ones(text_embeds.shape[:2], dtype=torch.bool)
         text_mask = text_mask.bool()
         position = (text_mask.cumsum(dim=1) - 0.5) / 256  # counted over real words: padding on either side is harmless
-        words = self.text_norm(self.project_text(text_embeds)) + self.embed_word_order(position[..., None])
+        words = self.text_norm(self.project_text(text_embeds))
+        words = words + self.embed_word_order(position[..., None], words.dtype)
         return torch.cat([text, words], dim=1), F.pad(text_mask, (1, 0), value=True)
 
     def forward(self, tokens: Tensor, mask: Tensor, places: Tensor, scores: Tensor, text_embeds, text_mask) -> Tensor:
@@ -250,29 +274,29 @@ class TextConditionedAggregator(nn.Module):
         windows = [PoolingWindows(mask, kernel) for kernel in self.config.pooling_scales]
         features = [window.pool(tokens) for window in windows]
         text, text_mask = self.read_text(len(tokens), text_embeds, text_mask)
-        queries = (self.queries + self.embed_center(self.centers)).expand(len(tokens), -1, -1)  # [B, M, d]
+        queries = self.queries + self.embed_center(self.centers, self.queries.dtype)
+        queries = queries.expand(len(tokens), -1, -1)  # [B, M, d]
         sizes = self.config.queries_per_scale
-        visual = [(x, window.mask) for x, window in zip(features, windows, strict=True)]
+        masks = [window.mask for window in windows]
         for layer in self.layers:
-            queries = layer(queries, visual, text, text_mask, sizes)
+            queries = layer(queries, text, text_mask, sizes, masks, *features)
 
-        # Linear aggregation: one softmax over the tokens for each query, in float32, and nothing after it but V.
-        queries = self.to_query(self.query_norm(queries)).float() / math.sqrt(queries.shape[-1])
-        significance = scores.sigmoid()[..., None]
+        queries = self.to_query(self.query_norm(queries)) / math.sqrt(queries.shape[-1])
+        keys = [self.to_key(x) for x in features]
+        with _without_autocast(tokens.device.type):
+            return self._weigh(queries.float(), keys, windows, places, F.logsigmoid(scores))
+
+    def _weigh(self, queries, keys, windows, places, log_significance) -> Tensor:
+        """Linear aggregation: one softmax over the tokens for each query, in float32, and nothing after it but V."""
+        sizes = self.config.queries_per_scale
+        parts = (queries.split(sizes, dim=1), self.centers.split(sizes), self.log_widths.split(sizes), keys, windows)
         weights = []
-        for part, center, log_width, x, window in zip(
-            queries.split(sizes, dim=1),
-            self.centers.split(sizes),
-            self.log_widths.split(sizes),
-            features,
-            windows,
-            strict=True,
-        ):
+        for query, center, log_width, key, window in zip(*parts, strict=True):
+            logits = query @ key.float().transpose(1, 2)  # [B, M_s, W]
             offset = window.pool(places)[:, None] - center.float()[:, None]  # [B, M_s, W, 3]
-            logits = part @ self.to_key(x).float().transpose(1, 2)  # [B, M_s, W]
             logits = logits - 0.5 * (offset / log_width.float().exp()[:, None]).square().sum(dim=-1)
             # The gradient path of the scores: a token that SSS finds insignificant weighs less (ours).
-            logits = logits + window.pool(significance).clamp(min=1e-6).log().transpose(1, 2)
+            logits = logits + window.pool_log(log_significance)[:, None]
             logits = logits.masked_fill(~window.mask[:, None], torch.finfo(logits.dtype).min)
             weights.append(window.spread(logits.softmax(dim=-1)))
         return torch.cat(weights, dim=1)
@@ -292,20 +316,21 @@ class LinVTPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=std)
-            init.zeros_(module.bias)
+            # Nearly equal scores at first: what a random scorer throws away may be worth keeping (ours).
+            init.normal_(module.weight, std=1e-5 if isinstance(module, ScoreHead) else std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, SignificanceScorer):
-            # Nearly equal scores at first: what a random scorer would throw away is not yet worth throwing away
-            # (ours).
-            init.normal_(module.score.weight, std=1e-4)
-            init.zeros_(module.score.bias)
         elif isinstance(module, TextConditionedAggregator):
             centers, widths = zip(*self.config.query_cells(), strict=True)
             init.normal_(module.queries, std=std)
@@ -346,7 +371,8 @@ class LinearVideoTokenizer(LinVTPreTrainedModel):
         """
         Args:
             visual_tokens: [B, T, N, D], the image-LLM's own tokens of each frame, after its projector.
-            frame_mask: [B, T], True (or 1) for real frames; needed where videos of one batch differ in length.
+            frame_mask: [B, T], True (or 1) for real frames; needed where videos of one batch differ in length. Every
+                video needs a real frame, and padding must be finite.
             frame_times: [B, T], seconds. Without them frames count as evenly spaced.
             text_embeds: [B, L, D], the question in the LLM's input embeddings; None for the text-free mode.
             text_mask: [B, L], True (or 1) for real words.
@@ -361,7 +387,7 @@ class LinearVideoTokenizer(LinVTPreTrainedModel):
         device = visual_tokens.device
         times = normalise_times(frame_times, frame_mask, batch, frames, device)  # [B, T]
         centers = ((torch.arange(side, device=device) + 0.5) / side for side in (rows, columns))
-        grid_places = torch.cartesian_prod(*centers).view(places, 2)  # [N, 2]
+        grid_places = torch.cartesian_prod(*centers)  # [N, 2]
 
         features, scores = self.scorer(visual_tokens, frame_mask, times, grid_places)
         index, mask = select_top_k(scores, frame_mask, self.config.num_selected_tokens)  # [B, k]
@@ -378,6 +404,11 @@ class LinearVideoTokenizer(LinVTPreTrainedModel):
             weights=_scatter(weights, index, frames * places) if output_weights else None,
             scores=scores,
         )
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    """Autocast would undo the float32 of what it runs around; not every device has one."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:  # [B, T, N, c], [B, k] -> [B, k, c]
@@ -402,19 +433,18 @@ def normalise_times(
     even = (order + 0.5) / count
     if frame_times is None:
         return even.clamp(0, 1)
-    times = frame_times.float()
-    real = torch.ones_like(times, dtype=torch.bool) if frame_mask is None else frame_mask
-    first = times.masked_fill(~real, torch.inf).amin(dim=1, keepdim=True)
-    last = times.masked_fill(~real, -torch.inf).amax(dim=1, keepdim=True)
-    span = (last - first) * count / (count - 1).clamp(min=1)
-    fraction = (times - first) / span.clamp(min=1e-6) + 0.5 / count
+    real = torch.ones_like(frame_times, dtype=torch.bool) if frame_mask is None else frame_mask
+    first = torch.where(real, frame_times, torch.inf).amin(dim=1, keepdim=True)
+    times = (frame_times - first).float()  # only now: float32 could not tell the seconds of a clock time apart
+    last = torch.where(real, times, 0).amax(dim=1, keepdim=True)
+    span = last * count / (count - 1).clamp(min=1)
+    fraction = times / span.clamp(min=1e-6) + 0.5 / count
     return torch.where(span > 0, fraction, even).clamp(0, 1)
 
 
 def _scatter(weights: Tensor, index: Tensor, count: int) -> Tensor:  # [B, M, k], [B, k] -> [B, M, count]
-    # Padding points at real places with weight 0, hence add.
     full = weights.new_zeros(*weights.shape[:2], count)
-    return full.scatter_add(2, index[:, None].expand_as(weights), weights)
+    return full.scatter(2, index[:, None].expand_as(weights), weights)
 
 
 __all__ = ["LinVTPreTrainedModel", "LinearVideoTokenizer", "VideoTokenizerOutput"]
