@@ -335,6 +335,9 @@ def test_videos_and_places_must_match():
         model(**twice)
     with pytest.raises(ValueError, match="4 rows, but num_frames asks for 5"):
         model(**{**inputs, "num_frames": torch.tensor([5])})
+    # Without ids a placeholder is known by its embedding.
+    expected = logits(model, inputs)
     embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
-    with pytest.raises(ValueError, match="Videos need input_ids"):
-        model(inputs_embeds=embeds, **inputs)
+    assert torch.equal(logits(model, {**inputs, "inputs_embeds": embeds}), expected)
+    with pytest.raises(ValueError, match="hold 0 video tokens"):
+        model(**{**inputs, "inputs_embeds": torch.zeros_like(embeds)})

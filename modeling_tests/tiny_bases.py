@@ -181,6 +181,31 @@ TINY_BASES: dict[str, TinyBase] = {
         special=_QWEN_TOKENS,
         chat_template=CHATML.replace("IMAGE", "<|vision_start|>IMAGE<|vision_end|>"),
     ),
+    "qwen2_5_vl": TinyBase(
+        config="Qwen2_5_VLConfig",
+        fields={
+            "text_config": {**LLM, "model_type": "qwen2_5_vl_text", "rope_parameters": _MROPE},
+            "vision_config": {
+                "depth": 2,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_heads": 4,
+                "out_hidden_size": 32,
+                "patch_size": 14,
+                "window_size": 56,
+                "fullatt_block_indexes": [1],
+            },
+            "image_token_id": "<|image_pad|>",
+            "video_token_id": "<|video_pad|>",
+            "vision_start_token_id": "<|vision_start|>",
+            "vision_end_token_id": "<|vision_end|>",
+        },
+        image_processor=_QWEN_IMAGES,
+        processor={"processor_class": "Qwen2_5_VLProcessor"},
+        image_token="<|image_pad|>",
+        special=_QWEN_TOKENS,
+        chat_template=CHATML.replace("IMAGE", "<|vision_start|>IMAGE<|vision_end|>"),
+    ),
     "internvl_qwen2": _internvl({**LLM, "model_type": "qwen2"}),
     "internvl_llama": _internvl({**LLM, "model_type": "llama"}),
     "internvl_phi3": _internvl({**LLM, "model_type": "phi3", "num_key_value_heads": 4}),
@@ -361,7 +386,7 @@ TINY_BASES: dict[str, TinyBase] = {
     ),
 }
 NAMED = ["qwen2_vl", "internvl_qwen2", "internvl_llama", "internvl_phi3", "llava_onevision", "mipha"]
-UNNAMED = ["llava", "smolvlm", "idefics3", "gemma3", "paligemma", "mistral3"]
+UNNAMED = ["qwen2_5_vl", "llava", "smolvlm", "idefics3", "gemma3", "paligemma", "mistral3"]
 
 # LinVT at toy size; k below the tokens of a test video, so that top-k has something to leave out.
 TINY_LINVT = {
@@ -375,7 +400,7 @@ TINY_LINVT = {
 }
 # Frame sizes below the base's own least, to keep tests quick.
 _QWEN_FRAMES = {"size": {"shortest_edge": 28 * 28, "longest_edge": 56 * 84}}
-TINY_FRAMES = {"qwen2_vl": _QWEN_FRAMES, "qwen3_vl": _QWEN_FRAMES}
+TINY_FRAMES = {"qwen2_vl": _QWEN_FRAMES, "qwen2_5_vl": _QWEN_FRAMES, "qwen3_vl": _QWEN_FRAMES}
 
 
 def tiny_config(name: str):

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Gen
 from transformers.cache_utils import Cache
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_linvt import LinVTConfig
 from .image_llm import build_image_llm, features_per_frame, image_llm_of
@@ -120,12 +121,14 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.base.set_output_embeddings(value)
 
+    @can_return_tuple
     def get_image_features(self, *args, **kwargs):
         """The base's visual tokens for still images; its own arguments and output."""
         return self.base.get_image_features(*args, **kwargs)
 
     # ---- videos ----
 
+    @can_return_tuple
     def get_video_features(
         self,
         pixel_values_videos: Tensor,
@@ -188,12 +191,16 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
         videos = {name: inputs.pop(name) for name in names}
         return videos if videos.get("pixel_values_videos") is not None else {}
 
-    def _embed(self, input_ids: Tensor | None, video_embeds: Tensor) -> Tensor:
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, video_embeds: Tensor) -> Tensor:
         """The prompt's embeddings, [B, S, D], with the videos' tokens in their places."""
-        if input_ids is None:
-            raise ValueError("Videos need input_ids, which say where their tokens go; inputs_embeds alone do not.")
-        embeds = self.get_input_embeddings()(input_ids)
-        placeholder = (input_ids == self.config.video_token_id).to(embeds.device)
+        lookup = self.get_input_embeddings()
+        if input_ids is not None:
+            embeds = lookup(input_ids)
+            placeholder = (input_ids == self.config.video_token_id).to(embeds.device)
+        else:  # as transformers' own models do without ids: a placeholder is known by its embedding
+            embeds = inputs_embeds
+            token = torch.tensor(self.config.video_token_id, device=embeds.device)
+            placeholder = (embeds == lookup(token)).all(dim=-1)
         if not torch.compiler.is_compiling() and (found := int(placeholder.sum())) != video_embeds.shape[:2].numel():
             raise ValueError(
                 f"The prompts hold {found} video tokens, but {len(video_embeds)} videos of {video_embeds.shape[1]} "
@@ -204,6 +211,7 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
 
     # ---- one path for training, scoring and generation ----
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -220,7 +228,7 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ModelOutput:
         """
         Logits, and the loss if `labels` are given, as the base returns them.
@@ -239,8 +247,8 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
                 pixel_values_videos, num_frames, frame_times, question_ids, question_mask, **frame_inputs
             ).pooler_output
         if video_embeds is not None:
-            inputs_embeds = self._embed(input_ids, video_embeds)
-            if position_ids is None:
+            inputs_embeds = self._embed(input_ids, inputs_embeds, video_embeds)
+            if position_ids is None and input_ids is not None:
                 position_ids = self._positions(input_ids, attention_mask, past_key_values, kwargs)
             input_ids = None
         return self.base(

@@ -4,6 +4,7 @@ import inspect
 import os
 import re
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import ImageInput
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .video_reading import Clip, is_one_video, read_video
@@ -94,10 +96,10 @@ class LinVTProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images=None,
+        images: ImageInput | None = None,
         text: str | list[str] | None = None,
-        videos=None,
-        audio=None,
+        videos: Any = None,
+        audio: None = None,
         *,
         questions: str | list[str] | bool | None = None,
         num_frames: int | None = None,
@@ -296,8 +298,9 @@ class LinVTProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
+        base = super() if self.base_processor is None else self.image_text_processor()
         videos = ["pixel_values_videos", "num_frames", "frame_times", "question_ids", "question_mask"]
-        return [*super().model_input_names, *videos, *(f"frames_{name}" for name in self.frame_inputs)]
+        return [*base.model_input_names, *videos, *(f"frames_{name}" for name in self.frame_inputs)]
 
 
 @lru_cache(maxsize=16)
