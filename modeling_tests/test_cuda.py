@@ -38,6 +38,18 @@ def test_the_cpus_numbers(name, tmp_path):
     assert torch.equal(gpu.generate(**moved, **settings).cpu(), model.generate(**batch, **settings))
 
 
+@pytest.mark.parametrize("name", NAMED)
+def test_compiled_generation(name, tmp_path):
+    """With a static cache transformers compiles the decoding steps."""
+    gpu = on_gpu(name, tmp_path)
+    _, processor = wrapped(name)
+    inputs = {key: value.cuda() for key, value in encode(processor, *CHATS).items()}
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(
+        gpu.generate(**inputs, cache_implementation="static", **settings), gpu.generate(**inputs, **settings)
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NAMED)
 def test_half_precision(name, dtype, tmp_path):

@@ -232,7 +232,7 @@ def test_attention_and_checkpointing(name):
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "internvl_qwen2", "mipha"])
 def test_compiled(name):
-    """The whole forward in one graph, from the videos' tokens on, and generation with a static cache."""
+    """The whole forward in one graph, from the videos' tokens on. (test_cuda.py compiles generation.)"""
     torch._dynamo.reset()
     model, processor = wrapped(name)
     inputs = dict(encode(processor, chat(noise_video(), "What moves?")))

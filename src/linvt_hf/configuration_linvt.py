@@ -9,10 +9,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_mipha import MiphaConfig
 
-# Bases that transformers lacks: their configs must be known before a `base_config` can be read.
+# Configs of bases that transformers lacks.
 OWN_CONFIGS = {config.model_type: config for config in (MiphaConfig,)}
-for _model_type, _config_class in OWN_CONFIGS.items():
-    AutoConfig.register(_model_type, _config_class, exist_ok=True)
 
 _LEAST = {
     "bottleneck_size": 1,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_outputs import ModelOutput
@@ -374,9 +374,5 @@ def _mask(lengths: list[int], device: torch.device) -> Tensor:
     """[B, max T], True for the first `lengths[b]` frames."""
     return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
 
-
-AutoConfig.register(LinVTConfig.model_type, LinVTConfig, exist_ok=True)
-AutoModel.register(LinVTConfig, LinVTForConditionalGeneration, exist_ok=True)
-AutoModelForImageTextToText.register(LinVTConfig, LinVTForConditionalGeneration, exist_ok=True)
 
 __all__ = ["LinVTForConditionalGeneration", "VideoFeatures"]

@@ -130,7 +130,7 @@ class LinVTProcessor(ProcessorMixin):
             raise ValueError("LinVT reads no audio; leave it out.")
         if images is None and text is None and videos is None:
             raise ValueError("Give text, images or videos; all three are missing.")
-        kwargs.setdefault("return_tensors", "pt")
+        kwargs["return_tensors"] = kwargs.get("return_tensors") or "pt"
         texts = [text] if isinstance(text, str) else None if text is None else list(text)
         per_text = [prompt.count(self.video_token) for prompt in texts or ()]
         videos = self._flat_videos(videos, per_text if texts is not None else None)
