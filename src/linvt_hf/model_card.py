@@ -24,8 +24,8 @@ answer = pipeline("video-question-answering", model="{repo}", trust_remote_code=
 print(answer(video="video.mp4", question="What happens?"))
 ```
 
-Needs `transformers>=5.17`, `torch`, `einops`, `pillow` and `av` (PyAV), nothing else. `trust_remote_code=True` runs the Python
-files of this folder.
+Needs `transformers>=5.17`, `torch`, `einops`, `pillow` and `av` (PyAV), nothing else. `trust_remote_code=True`
+runs the Python files of this folder.
 
 | | |
 |---|---|
