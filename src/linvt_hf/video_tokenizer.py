@@ -4,10 +4,13 @@ The Linear Video Tokenizer of LinVT (arXiv 2412.05185): SVR (SSS, top-k, MTP) an
 A video's visual tokens V, [T frames, N tokens, D], become M tokens, each a convex combination of V's own. Everything
 that is learned works in a bottleneck of width d and ends in weights; the values those weights mix are V, untouched:
 
-    SpatioTemporalRefiner (SVR)   score every token in its frame and across frames (SSS), keep the k best (top-k),
-                                  average neighbours at several scales (MTP)
-    TextConditionedAggregator (TTA)   queries read themselves, the kept tokens and the question, then weigh the tokens
-    out = W @ V                   rows of W are non-negative and sum to 1
+    SVR, spatio-temporal visual token refiner
+        SignificanceScorer    SSS: scores every token in its frame and across frames
+        select_top_k          keeps the k best of all frames and places, in the video's order
+        PoolingWindows        MTP: averages neighbours at several scales
+    TTA, text-conditioned token aggregator
+        TextConditionedAggregator    queries read themselves, the kept tokens and the question, then weigh the tokens
+    out = W @ V, where the rows of W are non-negative and sum to 1
 """
 
 import math
