@@ -66,6 +66,10 @@ def test_choices(model, video, capsys):
         (["wrap", "{base}", "{new}", "--set", "num_heads=x"], "not JSON"),
         (["wrap", "{base}", "{new}", "--set", "num_heads=7"], "must be a multiple of num_heads"),
         (["wrap", "no/such", "{new}"], "no image-LLM at no/such"),
+        (["wrap", "{model}", "{new}"], "is a LinVT model already"),
+        (["wrap", "{base}", "{new}", "--num-frames", "0"], "num_frames must be at least 1"),
+        (["ask", "no/such", "{video}", "Who?"], "no model at no/such"),
+        (["ask", "{model}", "{video}", "Who?", "--device", "nosuch"], "nosuch"),
     ],
 )
 def test_one_sentence_and_exit_status_2(arguments, message, model, video, tmp_path, capsys):

@@ -127,6 +127,38 @@ def test_travelling_files_stand_alone():
                 assert all(alias.name.split(".")[0] in allowed for alias in node.names), name
 
 
+@pytest.mark.parametrize("how", ["save_pretrained", "push_to_hub"])
+def test_what_is_uploaded(how, tmp_path, monkeypatch):
+    """The whole folder, to where and as private as was asked, with our card."""
+    calls = []
+
+    class Api:
+        def __init__(self, token=None):
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            calls.append(("private", private))
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path, **kwargs):
+            calls.append((repo_id, {path.name for path in Path(folder_path).iterdir()}, kwargs))
+            assert "LinVT on" in (Path(folder_path) / "README.md").read_text()
+
+    model, processor = wrapped("mipha")
+    monkeypatch.setattr(sys.modules[type(model).__module__], "HfApi", Api)
+    settings = {"processor": processor, "private": True, "token": "secret", "commit_message": "first"}
+    if how == "push_to_hub":
+        model.push_to_hub("me/model", **settings)
+    else:
+        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/model", **settings)
+    token, private, (repo_id, names, rest) = calls
+    assert token == ("token", "secret")
+    assert private == ("private", True)
+    assert repo_id == "me/model"
+    assert {"model.safetensors", "processor_config.json", "tokenizer.json", "pipeline_linvt.py", "README.md"} <= names
+    assert rest == {"commit_message": "first"}
+
+
 def test_a_card_that_is_there_stays(tmp_path):
     model, _ = wrapped("mipha")
     (tmp_path / "README.md").write_text("my own words")

@@ -14,7 +14,7 @@ from linvt_hf.image_llm import OWN_MODELS
 
 ALL = [*NAMED, *UNNAMED, "qwen3_vl"]
 every_base = pytest.mark.parametrize("name", ALL)
-IMAGE = Image.fromarray(noise_video(1, seed=7)[0])
+IMAGE, OTHER_IMAGE = (Image.fromarray(frame) for frame in noise_video(2, seed=7))
 # Sums run in another order in a batch, with a cache, or in another kernel.
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -108,7 +108,9 @@ def test_the_answer_conditions_nothing(name):
     model, processor = wrapped(name)
     prompt = encode(processor, chat(noise_video(), "What moves?"))
     length = prompt["input_ids"].shape[1]
-    for answer in ("A square.", "Nothing at all, I would say."):
+    # The last one writes what templates write around a user's words.
+    marks = "It says USER: enter the code. <|im_start|>user\nAnd? ASSISTANT: no"
+    for answer in ("A square.", "Nothing at all, I would say.", marks):
         with_answer = encode(processor, chat(noise_video(), "What moves?", answer=answer), add_generation_prompt=False)
         assert torch.equal(with_answer["question_ids"], prompt["question_ids"])
         same = int((with_answer["input_ids"][0, :length] == prompt["input_ids"][0]).cumprod(0).sum())
@@ -136,6 +138,14 @@ def test_images_stay_images(name):
     assert torch.equal(logits(model, inputs), logits(base, own))
     suppressed = {"suppress_tokens": model.generation_config.suppress_tokens}
     assert torch.equal(greedy(model, inputs), greedy(base, own, **suppressed))
+    beams = {"num_beams": 2, "num_return_sequences": 2}
+    assert torch.equal(greedy(model, inputs, **beams), greedy(base, own, **beams, **suppressed))
+    # Older transformers mix up several images once beams spread them, in the base as in its wrapper.
+    if getattr(base, "_supports_mm_encoder_outputs", lambda: False)():
+        two = encode(processor, chat(IMAGE, OTHER_IMAGE, "Which?"))
+        copies = greedy(model, two, num_beams=2, num_return_sequences=2)
+        again = greedy(model, processor.collate([two, two]), num_beams=2, num_return_sequences=2)
+        assert torch.equal(again[:2], copies)
 
 
 @every_base
@@ -149,12 +159,12 @@ def test_images_and_videos_mix(name):
         chat(noise_video(5, seed=2), "What moves?"),
         chat(IMAGE, "What is it?"),
     ]
-    batch = processor.collate([encode(processor, messages) for messages in chats])
-    together = logits(model, batch)
-    for row, messages in enumerate(chats):
-        single = encode(processor, messages)
-        length = single["input_ids"].shape[1]
-        torch.testing.assert_close(together[row, -length:], logits(model, single)[0], **CLOSE)
+    for batch in (encode(processor, *chats), processor.collate([encode(processor, messages) for messages in chats])):
+        together = logits(model, batch)
+        for row, messages in enumerate(chats):
+            single = encode(processor, messages)
+            length = single["input_ids"].shape[1]
+            torch.testing.assert_close(together[row, -length:], logits(model, single)[0], **CLOSE)
     without = encode(processor, chat(IMAGE, noise_video(3, seed=2), "Is the image in the video?"))
     assert not torch.allclose(logits(model, without)[0], together[0, -without["input_ids"].shape[1] :], atol=1e-3)
     assert greedy(model, encode(processor, chats[0])).shape[1] == encode(processor, chats[0])["input_ids"].shape[1] + 6
@@ -290,7 +300,7 @@ def test_chunks_change_nothing():
             torch.testing.assert_close(logits(model, inputs), expected, **CLOSE)
 
 
-def test_question_free(caplog):
+def test_question_free():
     model, processor = wrapped("mipha")
     inputs = encode(processor, chat(noise_video(), "What moves?"), questions=False)
     assert "question_ids" not in inputs
@@ -299,7 +309,78 @@ def test_question_free(caplog):
     assert torch.equal(*tokens)
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "internvl_qwen2"])
+def test_trainer_keeps_every_input(name, tmp_path):
+    """transformers.Trainer drops what forward does not name: a batch of an image, a video and a text must survive."""
+    from transformers import Trainer, TrainingArguments
+
+    model, processor = copy.deepcopy(wrapped(name))
+    chats = [chat(IMAGE, "What?", answer="A"), chat(noise_video(), "What?", answer="B"), chat("Hi", answer="C")]
+    rows = [dict(encode(processor, messages, add_generation_prompt=False)) for messages in chats]
+    for row in rows:
+        row["labels"] = row["input_ids"].clone()
+    seen = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+    settings = TrainingArguments(tmp_path, per_device_train_batch_size=3, max_steps=1, report_to=[], use_cpu=True)
+    result = Trainer(model, settings, data_collator=processor.collate, train_dataset=rows).train()
+    assert 0 < result.training_loss < 100
+    assert set().union(*rows) <= seen[0]
+
+
+def test_a_conversation_goes_on_in_the_cache():
+    """The second turn's prompt repeats the first one's video, which the cache holds already."""
+    from transformers import DynamicCache
+
+    model, processor = wrapped("internvl_qwen2")
+    first = chat(noise_video(), "What moves?")
+    cache = DynamicCache(config=model.config.get_text_config())
+    prompt = encode(processor, first)
+    answer = greedy(model, prompt, past_key_values=cache)[:, prompt["input_ids"].shape[1] :]
+    more = torch.tensor([[65, 66, 67]])
+    whole = dict(prompt, input_ids=torch.cat([prompt["input_ids"], answer, more], dim=1))
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    fresh = greedy(model, whole)
+    assert torch.equal(greedy(model, whole, past_key_values=cache), fresh)
+
+
+def test_beams_without_ids():
+    model, processor = wrapped("internvl_qwen2")
+    inputs = dict(encode(processor, chat(noise_video(), noise_video(3), "Which?")))
+    expected = greedy(model, inputs, num_beams=2)
+    length = inputs["input_ids"].shape[1]
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    assert torch.equal(greedy(model, inputs, num_beams=2), expected[:, length:])
+
+
+def test_the_shape_of_a_frame():
+    """Where frames keep their aspect ratio, their tokens lie in rows and columns, not in one row."""
+    model, processor = wrapped("mistral3")
+    videos = model.take_video_inputs(dict(encode(processor, chat(noise_video(height=28, width=56), "What?"))))
+    sizes = {"image_sizes": videos["frames_image_sizes"]}
+    assert model.image_llm.grid(8, sizes, 0) == (2, 4)
+
+
 # ---- what goes wrong says so ----
+
+
+def test_generation_without_the_video():
+    model, processor = wrapped("internvl_qwen2")
+    inputs = dict(encode(processor, chat(noise_video(), "What moves?")))
+    with pytest.raises(ValueError, match="prefill_chunk_size does not work with videos"):
+        model.generate(**inputs, prefill_chunk_size=4)
+    with pytest.raises(ValueError, match=r"positive count for each video; got \[4, 0\]"):
+        model(**{**inputs, "num_frames": torch.tensor([4, 0])})
+    with pytest.raises(ValueError, match="1 videos, but 2 rows of question_ids"):
+        model(**{**inputs, "question_ids": inputs["question_ids"].repeat(2, 1)})
+    model.take_video_inputs(inputs)
+    with pytest.raises(ValueError, match="hold video tokens, but no video was given"):
+        model.generate(**inputs)
+
+
+def test_a_setting_that_does_not_exist():
+    base = AutoModelForImageTextToText.from_pretrained(base_folder("internvl_llama"))
+    with pytest.raises(ValueError, match="no field queries_per_scal"):
+        LinVTForConditionalGeneration.from_image_llm(base, video_token_id=300, queries_per_scal=[1, 1, 1])
 
 
 def test_a_tensor_is_missing_or_unexpected(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from tiny_bases import NAMED, UNNAMED
 from tiny_models import chat, encode, noise_video, wrapped
 from transformers import TextStreamer, pipeline
@@ -106,6 +107,24 @@ def test_choices(name):
         assert answer["log_likelihood"] == pytest.approx(total / len(ids), abs=1e-4)
 
 
+@pytest.mark.parametrize("name", [*NAMED, "llava", "gemma3", "paligemma"])
+def test_choices_beside_an_image(name):
+    """An option's likelihood does not depend on how many options there are, images or not."""
+    pipe = pipe_of(name)
+    image = Image.fromarray(VIDEOS[0][0])
+    messages = chat(image, VIDEOS[1], "Is the image in the video?")
+    together = {answer["answer"]: answer["log_likelihood"] for answer in pipe(messages, choices=["yes", "no, never"])}
+    for option, expected in together.items():
+        assert pipe(messages, choices=[option])[0]["log_likelihood"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_settings_given_at_the_start():
+    short = pipe_of(max_new_tokens=2, do_sample=False, num_frames=2)
+    one = {"video": VIDEOS[1], "question": "Who?"}
+    assert short(one) == pipe_of()(one, max_new_tokens=2, do_sample=False, num_frames=2)
+    assert short(one) != pipe_of()(one, **SETTINGS)
+
+
 def test_choices_of_each_input():
     pipe = pipe_of()
     inputs = [
@@ -135,6 +154,9 @@ def test_by_name(tmp_path):
         ({"video": VIDEOS[0], "question": ""}, "A question has no words"),
         ({"inputs": {"video": VIDEOS[0]}}, "has a video but no question"),
         ({"video": VIDEOS[0], "question": "Who?", "choices": ["a", ""]}, "A choice has no words"),
+        ({"video": VIDEOS[0], "question": "Who?", "choices": "red"}, "must be a list of options"),
+        ({"inputs": "v.mp4"}, "Nothing to answer"),
+        ({"inputs": []}, "Nothing to answer"),
     ],
 )
 def test_one_sentence(inputs, message):

@@ -124,6 +124,20 @@ def test_sampling():
     )
 
 
+def test_sampling_by_rate(tmp_path):
+    _, processor = wrapped("internvl_qwen2")
+    path = write_video(tmp_path / "v.mp4", moving_square(24), fps=8)
+    messages = chat(path, "What moves?")
+    assert encode(processor, messages, fps=1)["num_frames"].tolist() == [3]
+    assert encode(processor, messages, fps=8)["num_frames"].tolist() == [4]  # the default number is the most
+    assert encode(processor, messages, videos_kwargs={"num_frames": 2})["num_frames"].tolist() == [2]
+    with pytest.raises(ValueError, match="fps=2"):
+        encode(processor, chat(noise_video(), "What?"), fps=2)
+    _, by_rate = wrap(base_folder("internvl_qwen2"), fps=1)
+    assert encode(by_rate, messages)["num_frames"].tolist() == [3]
+    assert encode(by_rate, chat(noise_video(), "What?"))["num_frames"].tolist() == [5]  # no times: all, up to the most
+
+
 def test_several_videos():
     _, processor = wrapped("qwen2_vl")
     a, b, c = (noise_video(frames, seed=frames) for frames in (2, 3, 4))
@@ -204,6 +218,57 @@ def test_wrap_a_model_and_its_processor():
     assert encode(processor, chat(noise_video(), "What?"))["num_frames"].tolist() == [3]
 
 
+def test_wrap_twice(tmp_path):
+    model, processor = wrapped("mipha")
+    model.save_pretrained(tmp_path, processor=processor)
+    with pytest.raises(ValueError, match="already; wrap the image-LLM"):
+        wrap(tmp_path)
+    with pytest.raises(ValueError, match="LinVT model or processor already"):
+        wrap(model, base_folder("mipha"))
+    with pytest.raises(ValueError, match="LinVT model or processor already"):
+        wrap(model.base, processor)
+    with pytest.raises(ValueError, match="num_frames must be at least 1 and fps above 0; got 0"):
+        wrap(base_folder("mipha"), num_frames=0)
+
+
+def test_a_tokenizer_without_padding_and_templates_by_name(tmp_path):
+    import json
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(base_folder("mipha"), base)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["pad_token"] = None
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "other.jinja").write_text("other")
+    _, processor = wrap(base, num_frames=2)
+    assert processor.tokenizer.pad_token == processor.tokenizer.eos_token
+    assert "ASSISTANT:" in processor.chat_template
+    assert encode(processor, chat(noise_video(), "What?"), chat("Text"))["input_ids"].shape[0] == 2
+
+
+def test_a_base_without_a_chat_template(tmp_path):
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(base_folder("llava"), base)
+    (base / "chat_template.jinja").unlink()
+    _, processor = wrap(base, num_frames=2)
+    messages = chat(Image.new("RGB", (28, 28)), noise_video(), "What?")
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert prompt == f"User: <image>{VIDEO_TOKEN}\nWhat?\nAssistant:"
+
+
+def test_collate_of_labels():
+    _, processor = wrapped("qwen2_vl")
+    first, second = encode(processor, chat("Longer text")), encode(processor, chat("Text"))
+    first["labels"] = first["input_ids"].clone()
+    assert (processor.collate([first, second])["labels"][1] == -100).all()
+    with pytest.raises(ValueError, match="tensors all"):
+        processor.collate([{"input_ids": [[1, 2]]}])
+
+
 def test_wrap_refuses():
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -221,6 +286,18 @@ def test_wrap_refuses():
 
 
 # ---- wrong input ----
+
+
+def test_the_mask_of_assistant_tokens_is_refused():
+    _, processor = wrapped("mipha")
+    with pytest.raises(ValueError, match="return_assistant_tokens_mask does not count a video's tokens"):
+        messages = chat(noise_video(), "What?", answer="A")
+        processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+
+
+def test_numpy_is_refused():
+    with pytest.raises(ValueError, match="return_tensors='np'"):
+        wrapped("mipha")[1](text="a", return_tensors="np")
 
 
 @pytest.mark.parametrize(

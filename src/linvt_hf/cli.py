@@ -11,7 +11,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         # transformers explains at length; its first line says what is wrong.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         print(f"linvt: {lines[0]}", file=sys.stderr)
@@ -78,8 +78,8 @@ def _wrap(args) -> None:
     )
     _say(f"writing {args.out}")
     model.save_pretrained(args.out, processor=processor)
-    added = sum(parameter.numel() for parameter in model.video_tokenizer.parameters()) / 1e6
-    print(f"{args.out}: {args.base} with a video tokenizer of {added:.1f} M untrained parameters.")
+    added = sum(parameter.numel() for parameter in model.video_tokenizer.parameters())
+    print(f"{args.out}: {args.base} with a video tokenizer of {added:,} untrained parameters.")
 
 
 def _setting(pair: str) -> tuple[str, object]:
@@ -130,13 +130,18 @@ def _load(args):
 
     from linvt_hf import LinVTForConditionalGeneration, LinVTProcessor, VideoQuestionAnsweringPipeline
 
-    config = AutoConfig.from_pretrained(args.model)
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+    except OSError as error:
+        raise ValueError(f"There is no model at {args.model}, neither here nor on the Hub.") from error
     if config.model_type != "linvt":
         raise ValueError(
             f"{args.model} is a {config.model_type} model, not a LinVT one; wrap it first: "
             f"linvt wrap {args.model} OUT."
         )
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch finds no GPU here; use --device cpu.")
     # Our own classes: nothing that a model's folder brings along is run.
     model = LinVTForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype).eval()
     processor = LinVTProcessor.from_pretrained(args.model)

@@ -43,8 +43,12 @@ class ImageLLM:
         return [1] * num_frames
 
     def grid(self, num_tokens: int, frame_inputs: dict[str, Tensor], frame: int) -> tuple[int, int]:
-        """Rows and columns of a frame's tokens."""
-        return square_grid(num_tokens)
+        """Rows and columns of a frame's tokens: by its size in pixels, where the base keeps that, else a square."""
+        if "image_sizes" not in frame_inputs:
+            return square_grid(num_tokens)
+        height, width = frame_inputs["image_sizes"][frame].tolist()
+        rows = round(math.sqrt(num_tokens * height / width))
+        return (rows, num_tokens // rows) if rows and num_tokens % rows == 0 else square_grid(num_tokens)
 
     def features(self, base: PreTrainedModel, pixel_values: Tensor, **frame_inputs: Tensor):
         """The visual tokens of some frames: a tensor [T, N, D] or a sequence of T tensors [N, D]."""
@@ -64,7 +68,7 @@ class ImageLLM:
         tokens: list[Tensor] = []
         for pixels, inputs in self._chunks(pixel_values, frame_inputs, num_frames, chunk):
             pixels = pixels.to(base.device, base.dtype, non_blocking=True)
-            inputs = {name: value.to(base.device, non_blocking=True) for name, value in inputs.items()}
+            inputs = {name: value.to(base.device) for name, value in inputs.items()}
             tokens.extend(self.features(base, pixels, **inputs))
         return tokens
 
@@ -165,9 +169,12 @@ def build_image_llm(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModelForImageTextToText.from_config(config)
 
 
-def image_token_id(config: PreTrainedConfig) -> int | None:
-    """The id that stands for one image token in the base's prompts."""
-    return getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+def check_loaded(info: dict, source) -> None:
+    """Raises `ValueError` naming each tensor that `from_pretrained` found missing or unexpected."""
+    problems = {kind: sorted(info.get(f"{kind}_keys") or ()) for kind in ("missing", "unexpected")}
+    if any(problems.values()):
+        listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+        raise ValueError(f"The tensors in {source} do not fit its config ({listed}).")
 
 
 def features_per_frame(tokens: list[Tensor], num_frames: list[int]) -> list[Tensor]:

@@ -2,12 +2,14 @@
 
 import inspect
 import shutil
+import tempfile
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin, PreTrainedModel
@@ -18,7 +20,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_linvt import LinVTConfig
-from .image_llm import build_image_llm, features_per_frame, image_llm_of
+from .image_llm import build_image_llm, check_loaded, features_per_frame, image_llm_of
 from .model_card import model_card
 from .video_tokenizer import LinearVideoTokenizer, LinVTPreTrainedModel
 
@@ -44,6 +46,7 @@ CUSTOM_PIPELINES = {
         "pt": ["AutoModelForImageTextToText"],
     }
 }
+_UPLOAD_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description")
 VIDEO_INPUTS = ("pixel_values_videos", "num_frames", "frame_times", "question_ids", "question_mask")
 FRAME_PREFIX = "frames_"  # what the base's image processor gave beside the pixels of the frames
 
@@ -96,6 +99,9 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
             video_token_id: an id of its vocabulary that prompts do not otherwise use.
             settings: any field of `LinVTConfig`.
         """
+        unknown = sorted(settings.keys() - LinVTConfig.__dataclass_fields__.keys())
+        if unknown:
+            raise ValueError(f"LinVTConfig has no field {', '.join(unknown)}; see its docstring for those it has.")
         model = cls(LinVTConfig(base_config=base.config, video_token_id=video_token_id, **settings), base=base)
         model.video_tokenizer.to(device=base.device, dtype=base.dtype)
         model.config.dtype = base.dtype
@@ -151,12 +157,17 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
             output_weights: also return W.
             frame_inputs: `frames_<name>` for each further input of the base's vision encoder, one entry a frame.
         """
-        counts = num_frames.tolist() if isinstance(num_frames, Tensor) else list(num_frames)
+        counts = num_frames.tolist() if isinstance(num_frames, Tensor) else list(num_frames or [])
+        if not counts or min(counts) < 1:
+            raise ValueError(f"num_frames must hold a positive count for each video; got {counts}.")
+        if question_ids is not None and len(question_ids) != len(counts):
+            raise ValueError(f"{len(counts)} videos, but {len(question_ids)} rows of question_ids; give one a video.")
         inputs = {name.removeprefix(FRAME_PREFIX): value for name, value in frame_inputs.items()}
         tokens = self.image_llm.encode_frames(
             self.base, pixel_values_videos, inputs, sum(counts), self.config.frames_per_chunk
         )
         videos = features_per_frame(tokens, counts)  # V tensors [T, N, D]
+        del tokens  # they were copied, and are the largest thing here
         starts = [sum(counts[:index]) for index in range(len(counts))]
         grids = [self.image_llm.grid(v.shape[1], inputs, start) for v, start in zip(videos, starts, strict=True)]
         text = None if question_ids is None else self.get_input_embeddings()(question_ids.to(self.base.device))
@@ -168,7 +179,7 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
             device = videos[members[0]].device
             chosen = torch.tensor(members, device=device)
             out = self.video_tokenizer(
-                pad_sequence([videos[index] for index in members], batch_first=True),
+                _batch([videos[index] for index in members]),  # [B, T, N, D]
                 frame_mask=None if len(set(lengths)) == 1 else _mask(lengths, device),
                 frame_times=None if frame_times is None else frame_times.to(device)[chosen, : max(lengths)],
                 text_embeds=None if text is None else text.to(device)[chosen],
@@ -191,23 +202,28 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
         videos = {name: inputs.pop(name) for name in names}
         return videos if videos.get("pixel_values_videos") is not None else {}
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, video_embeds: Tensor) -> Tensor:
-        """The prompt's embeddings, [B, S, D], with the videos' tokens in their places."""
-        lookup = self.get_input_embeddings()
+    def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Where the videos' tokens go, [B, S]; without ids, as in transformers, a placeholder's embedding tells."""
         if input_ids is not None:
-            embeds = lookup(input_ids)
-            placeholder = (input_ids == self.config.video_token_id).to(embeds.device)
-        else:  # as transformers' own models do without ids: a placeholder is known by its embedding
-            embeds = inputs_embeds
-            token = torch.tensor(self.config.video_token_id, device=embeds.device)
-            placeholder = (embeds == lookup(token)).all(dim=-1)
-        if not torch.compiler.is_compiling() and (found := int(placeholder.sum())) != video_embeds.shape[:2].numel():
-            raise ValueError(
-                f"The prompts hold {found} video tokens, but {len(video_embeds)} videos of {video_embeds.shape[1]} "
-                f"tokens make {video_embeds.shape[:2].numel()}; pass the processor's output unchanged, one video a "
-                "placeholder."
-            )
-        return embeds.masked_scatter(placeholder[..., None], video_embeds.to(embeds))
+            return input_ids == self.config.video_token_id
+        token = torch.tensor(self.config.video_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
+
+    def _embed(self, input_ids, inputs_embeds, video_embeds: Tensor, cached: int) -> Tensor:
+        """The prompt's embeddings, [B, S, D], with the videos' tokens in their places."""
+        placeholder = self._placeholders(input_ids, inputs_embeds)
+        embeds = inputs_embeds if input_ids is None else self.get_input_embeddings()(input_ids)
+        places, tokens = placeholder.to(embeds.device), video_embeds.flatten(0, 1).to(embeds)
+        if not torch.compiler.is_compiling() and (found := int(places.sum())) != len(tokens):
+            if cached and found < len(tokens) and len(places) == 1:
+                tokens = tokens[len(tokens) - found :]  # the videos before are in the cache already
+            else:
+                raise ValueError(
+                    f"The prompts hold {found} video tokens, but {len(video_embeds)} videos of "
+                    f"{video_embeds.shape[1]} tokens make {len(tokens)}; pass the processor's output unchanged, one "
+                    "video a placeholder."
+                )
+        return embeds.masked_scatter(places[..., None], tokens)
 
     # ---- one path for training, scoring and generation ----
 
@@ -228,6 +244,17 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        # What processors give for images and frames. `transformers.Trainer` drops what is not named here.
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        batch_num_images: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        frames_pixel_attention_mask: Tensor | None = None,
+        frames_image_grid_thw: Tensor | None = None,
+        frames_image_sizes: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModelOutput:
         """
@@ -237,17 +264,32 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
             input_ids: [B, S]; each video holds M places of `config.video_token_id`, in the order of the videos.
             pixel_values_videos, num_frames, frame_times, question_ids, question_mask: see `get_video_features`.
             video_embeds: [V, M, D], the videos' tokens, if they are already there.
-            kwargs: the base's inputs for images (`pixel_values` and so on), and `frames_*` for videos.
+            frames_*: what the base's vision encoder needs beside the pixels of a video's frames.
+            pixel_values and the others, kwargs: the base's own inputs for images, and any other it takes.
 
         Raises `ValueError` when videos and places for them do not match.
         """
+        named = {
+            "pixel_values": pixel_values,
+            "pixel_attention_mask": pixel_attention_mask,
+            "image_grid_thw": image_grid_thw,
+            "image_sizes": image_sizes,
+            "batch_num_images": batch_num_images,
+            "token_type_ids": token_type_ids,
+            "mm_token_type_ids": mm_token_type_ids,
+            "frames_pixel_attention_mask": frames_pixel_attention_mask,
+            "frames_image_grid_thw": frames_image_grid_thw,
+            "frames_image_sizes": frames_image_sizes,
+        }
+        kwargs.update({name: value for name, value in named.items() if value is not None})
         frame_inputs = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(FRAME_PREFIX)}
         if pixel_values_videos is not None and video_embeds is None:
             video_embeds = self.get_video_features(
                 pixel_values_videos, num_frames, frame_times, question_ids, question_mask, **frame_inputs
             ).pooler_output
         if video_embeds is not None:
-            inputs_embeds = self._embed(input_ids, inputs_embeds, video_embeds)
+            cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+            inputs_embeds = self._embed(input_ids, inputs_embeds, video_embeds, cached)
             if position_ids is None and input_ids is not None:
                 position_ids = self._positions(input_ids, attention_mask, past_key_values, kwargs)
             input_ids = None
@@ -288,6 +330,12 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
         videos = self.take_video_inputs(kwargs)
         if videos and kwargs.get("video_embeds") is None:
             kwargs["video_embeds"] = self.get_video_features(**videos).pooler_output
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        given, cached = kwargs.get("video_embeds") is not None, kwargs.get("past_key_values") is not None
+        if given and kwargs.get("prefill_chunk_size") is not None:
+            raise ValueError("prefill_chunk_size does not work with videos; leave it out.")
+        if not given and not cached and input_ids is not None and (input_ids == self.config.video_token_id).any():
+            raise ValueError("The prompts hold video tokens, but no video was given; pass the processor's output.")
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -304,6 +352,12 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
             model_inputs["video_embeds"] = video_embeds
         return model_inputs
 
+    def _supports_mm_encoder_outputs(self):  # still images are encoded as the base does it, before beams
+        return self.base._supports_mm_encoder_outputs()
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
+        return self.base._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         return self.base._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
@@ -313,7 +367,9 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         video_embeds = model_kwargs.pop("video_embeds", None)
         if video_embeds is not None and expand_size > 1:
-            per_sample = (input_ids == self.config.video_token_id).sum(dim=1) // self.config.num_video_tokens
+            ids = input_ids if input_ids is not None and input_ids.shape[1] else None
+            places = self._placeholders(ids, model_kwargs.get("inputs_embeds"))
+            per_sample = places.sum(dim=1) // self.config.num_video_tokens
             samples = video_embeds.split(per_sample.tolist())
             video_embeds = torch.cat([sample for sample in samples for _ in range(expand_size)])
         input_ids, model_kwargs = self.base._expand_inputs_for_generation(
@@ -338,10 +394,7 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
         trained must not look like one that was loaded.
         """
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        problems = {kind: sorted(info.get(f"{kind}_keys") or ()) for kind in ("missing", "unexpected")}
-        if any(problems.values()):
-            listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
-            raise ValueError(f"The tensors in {pretrained_model_name_or_path} do not fit its config ({listed}).")
+        check_loaded(info, pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, processor=None, **kwargs):
@@ -352,12 +405,24 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
         # The config's maps may name the repo a model came from; the new folder brings its own code.
         self.config.auto_map = dict(AUTO_MAP)
         self.config.custom_pipelines = deepcopy(CUSTOM_PIPELINES)
-        repo_id = kwargs.pop("repo_id", Path(save_directory).name) if kwargs.pop("push_to_hub", False) else None
+        push = kwargs.pop("push_to_hub", False)
+        upload = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs}
         super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True):
             self._complete_folder(Path(save_directory), processor)
-        if repo_id is not None:  # only now is the folder whole
-            self.push_to_hub(repo_id)
+            if push:  # only now is the folder whole
+                upload.setdefault("repo_id", Path(save_directory).name)
+                return _upload(save_directory, token=kwargs.get("token"), **upload)
+
+    def push_to_hub(self, repo_id: str, processor=None, token=None, **kwargs):
+        """
+        Uploads a complete folder, with the processor if it is given. Of kwargs, `private`, `revision`,
+        `commit_message` and their like go to the Hub, the rest to `save_pretrained`.
+        """
+        upload = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, processor=processor, **kwargs)
+            return _upload(folder, repo_id=repo_id, token=token, **upload)
 
     def _complete_folder(self, folder: Path, processor) -> None:
         for source in (Path(__file__), *map(Path, get_relative_import_files(__file__))):
@@ -368,6 +433,17 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
         card = folder / "README.md"
         if not card.exists():
             card.write_text(model_card(self.config), encoding="utf-8")
+
+
+def _upload(folder, repo_id: str, token=None, private: bool | None = None, **kwargs):
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+
+
+def _batch(videos: list[Tensor]) -> Tensor:
+    """Videos [T, N, D] as one tensor [B, max T, N, D]; without a copy if there is only one."""
+    return videos[0][None] if len(videos) == 1 else pad_sequence(videos, batch_first=True)
 
 
 def _mask(lengths: list[int], device: torch.device) -> Tensor:

@@ -11,6 +11,10 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .video_reading import is_one_video
 
+_STAY = ("pixel_values_videos", "num_frames")
+# Inputs of which a sample has one row.
+_ROW_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "video_embeds"}
+
 
 class VideoQuestionAnsweringPipeline(Pipeline):
     """
@@ -37,11 +41,12 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     MAX_NEW_TOKENS = 256  # ours; for models whose generation config sets no limit
 
     def _sanitize_parameters(
-        self, num_frames=None, fps=None, choices=None, skip_special_tokens=True, **generate_kwargs
+        self, num_frames=None, fps=None, questions=None, choices=None, skip_special_tokens=None, **generate_kwargs
     ):
-        preprocess = {"num_frames": num_frames, "fps": fps, "choices": choices}
+        preprocess = {"num_frames": num_frames, "fps": fps, "questions": questions, "choices": choices}
         preprocess = {name: value for name, value in preprocess.items() if value is not None}
-        return preprocess, {"generate_kwargs": generate_kwargs}, {"skip_special_tokens": skip_special_tokens}
+        postprocess = {} if skip_special_tokens is None else {"skip_special_tokens": skip_special_tokens}
+        return preprocess, generate_kwargs, postprocess
 
     def __call__(self, inputs=None, question=None, *, video=None, **kwargs):
         """
@@ -52,6 +57,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             video, question: one of each, or one question for several videos, or as many of both.
             num_frames, fps: how the videos are sampled, instead of the processor's defaults.
             choices: options to choose from.
+            questions: False for answers to prompts without words, whose videos are then condensed without a question.
             batch_size: inputs that go through the model together.
             kwargs: for `generate`, such as `max_new_tokens` or a `streamer`.
         """
@@ -68,7 +74,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
                 raise ValueError(f"{len(videos)} videos, but {len(questions)} questions; give as many of both.")
             pairs = [{"video": v, "question": q} for v, q in zip(videos, questions, strict=True)]
             inputs = pairs[0] if is_one_video(video) and isinstance(question, str) else pairs
-        if inputs is None:
+        if inputs is None or isinstance(inputs, str) or (isinstance(inputs, (list, tuple)) and not inputs):
             raise ValueError("Nothing to answer: give video= and question=, or a chat.")
         return super().__call__(inputs, **kwargs)
 
@@ -117,14 +123,15 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     # ---- the model ----
 
     def _ensure_tensor_on_device(self, inputs, device):
-        # Pixels stay where they are: the model takes them to its device a few frames at a time.
+        # Pixels, counts and shapes of frames stay where they are: the model takes a few frames at a time to its
+        # device, and reads counts on the CPU.
         if isinstance(inputs, (dict, BatchFeature)) and "pixel_values_videos" in inputs:
-            moved = {name: value for name, value in inputs.items() if name != "pixel_values_videos"}
-            moved = super()._ensure_tensor_on_device(moved, device)
-            return BatchFeature({**moved, "pixel_values_videos": inputs["pixel_values_videos"]})
+            stay = {name: v for name, v in inputs.items() if name in _STAY or name.startswith("frames_")}
+            moved = {name: value for name, value in inputs.items() if name not in stay}
+            return BatchFeature({**super()._ensure_tensor_on_device(moved, device), **stay})
         return super()._ensure_tensor_on_device(inputs, device)
 
-    def _forward(self, model_inputs, generate_kwargs: dict | None = None) -> list:
+    def _forward(self, model_inputs, **generate_kwargs) -> list:
         """For each input of the batch: the new tokens [R, L] of its R sequences, or its scored choices."""
         features, choices = model_inputs["features"], model_inputs["choices"]
         if any(choices):
@@ -134,7 +141,6 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             return [
                 self._score_choices(dict(sample), options) for sample, options in zip(samples, choices, strict=True)
             ]
-        generate_kwargs = dict(generate_kwargs or {})
         limited = {"max_new_tokens", "max_length", "generation_config"} & generate_kwargs.keys()
         if not limited and self.model.generation_config.max_new_tokens is None:
             generate_kwargs["max_new_tokens"] = self.MAX_NEW_TOKENS
@@ -144,10 +150,16 @@ class VideoQuestionAnsweringPipeline(Pipeline):
 
     def _score_choices(self, features: dict, options: list[str]) -> list[dict]:
         """The options of one input, best first. Its videos are encoded once; its options run as one batch."""
+        if isinstance(options, str):
+            raise ValueError(f"choices must be a list of options, not one text: {options!r}.")
+        features.pop("labels", None)  # some bases' processors add them
         videos = self.model.take_video_inputs(features)
         if videos:
             features["video_embeds"] = self.model.get_video_features(**videos).pooler_output
-        scores = self._log_likelihoods(features, options)
+        if features.keys() <= _ROW_INPUTS:
+            scores = self._log_likelihoods(features, options)
+        else:  # an image is no row of the batch, and cannot be repeated for each option like one
+            scores = torch.cat([self._log_likelihoods(dict(features), [option]) for option in options])
         rows = zip(options, scores.softmax(dim=0).tolist(), scores.tolist(), strict=True)
         answers = [{"answer": option, "score": share, "log_likelihood": score} for option, share, score in rows]
         return sorted(answers, key=lambda answer: answer["score"], reverse=True)

@@ -87,6 +87,8 @@ class LinVTProcessor(ProcessorMixin):
         self.video_token = video_token
         self.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
         self.num_video_tokens = num_video_tokens
+        if (num_frames is not None and num_frames < 1) or (fps is not None and fps <= 0):
+            raise ValueError(f"num_frames must be at least 1 and fps above 0; got {num_frames} and {fps}.")
         self.num_frames = num_frames
         self.fps = fps
         self.frame_kwargs = frame_kwargs or {}
@@ -105,6 +107,7 @@ class LinVTProcessor(ProcessorMixin):
         num_frames: int | None = None,
         fps: float | None = None,
         do_sample_frames: bool = True,
+        videos_kwargs: dict | None = None,
         **kwargs,
     ) -> BatchFeature:
         """
@@ -114,12 +117,13 @@ class LinVTProcessor(ProcessorMixin):
             videos: one video or several, in the order of their placeholders, or one list of videos for each prompt. A
                 video is a path, a URL, bytes, a file object, a uint8 array or tensor [T, H, W, 3], or a list of PIL
                 images or of image paths.
-            questions: what conditions each prompt's videos. By default the text of the prompt's last user turn, never
-            an
-                answer; for a prompt that does not follow the chat template, the whole prompt. False for no question.
-            num_frames, fps: instead of the processor's defaults; `do_sample_frames=False` keeps every frame.
-            kwargs: for the base's processor, such as `padding` (several prompts are padded by default) and
-                `return_tensors` ("pt" by default).
+            questions: what conditions each prompt's videos, all of a prompt's videos alike. `apply_chat_template`
+                gives the words of the newest user turn. By default the same is found in the prompt (see
+                `question_of`). False for no question.
+            num_frames, fps: instead of the processor's defaults; with `fps`, `num_frames` is the most that are read.
+                `do_sample_frames=False` keeps every frame.
+            videos_kwargs: the same three as a dict, as transformers' processors take them.
+            kwargs: for the base's processor, such as `padding` (several prompts are padded by default).
 
         Returns a `BatchFeature` with the base's own entries and, for videos, `pixel_values_videos`, `num_frames` [V],
         `frame_times` [V, max T] in seconds, `question_ids` and `question_mask` [V, L], and `frames_*`.
@@ -130,43 +134,73 @@ class LinVTProcessor(ProcessorMixin):
             raise ValueError("LinVT reads no audio; leave it out.")
         if images is None and text is None and videos is None:
             raise ValueError("Give text, images or videos; all three are missing.")
-        kwargs["return_tensors"] = kwargs.get("return_tensors") or "pt"
+        if (kwargs.get("return_tensors") or "pt") != "pt":
+            raise ValueError(
+                f"LinVT works on torch tensors; return_tensors='{kwargs['return_tensors']}' is not there."
+            )
+        kwargs["return_tensors"] = "pt"
+        if videos_kwargs:
+            num_frames, fps = videos_kwargs.get("num_frames", num_frames), videos_kwargs.get("fps", fps)
+            do_sample_frames = videos_kwargs.get("do_sample_frames", do_sample_frames)
         texts = [text] if isinstance(text, str) else None if text is None else list(text)
         per_text = [prompt.count(self.video_token) for prompt in texts or ()]
         videos = self._flat_videos(videos, per_text if texts is not None else None)
 
         inputs = {}
         if texts is not None or images is not None:
-            inputs.update(self._text_and_images(texts, images, kwargs))
+            expanded = texts and [t.replace(self.video_token, self.video_token * self.num_video_tokens) for t in texts]
+            inputs.update(self._text_and_images(expanded, images, kwargs))
         if videos:
-            if not do_sample_frames:
-                num_frames = fps = None
-            elif num_frames is None and fps is None:
-                num_frames, fps = self.num_frames, self.fps
-            clips = [read_video(video, num_frames=num_frames, fps=fps) for video in videos]
+            clips = [self._read(video, num_frames, fps, do_sample_frames) for video in videos]
             inputs.update(self._frames(clips))
             if questions is not False and (texts is not None or questions is not None):
                 inputs.update(self._questions(texts, questions, per_text, len(videos)))
         return BatchFeature(inputs)
 
+    def apply_chat_template(self, conversation, *args, processor_kwargs: dict | None = None, **kwargs):
+        """
+        `ProcessorMixin.apply_chat_template`, where a video in a message needs nothing further. With `tokenize=True`
+        the newest user turn that has words is the question for all videos of its conversation.
+        """
+        if kwargs.get("tokenize"):
+            processor_kwargs = dict(processor_kwargs or {})
+            batch = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
+            if kwargs.get("return_assistant_tokens_mask") and any(_blocks(turn, "video") for c in batch for turn in c):
+                raise ValueError(
+                    "return_assistant_tokens_mask does not count a video's tokens; find the answers by the template's "
+                    "own marks, or leave it out."
+                )
+            if "questions" not in kwargs:
+                processor_kwargs.setdefault("questions", [_newest_words(messages) for messages in batch])
+        return super().apply_chat_template(conversation, *args, processor_kwargs=processor_kwargs, **kwargs)
+
     # ---- text and images: the base's own way ----
 
     def _text_and_images(self, texts: list[str] | None, images, kwargs: dict) -> BatchFeature:
-        if texts is not None:
-            if len(texts) > 1:
-                kwargs.setdefault("padding", True)
-            texts = [prompt.replace(self.video_token, self.video_token * self.num_video_tokens) for prompt in texts]
+        if texts is not None and len(texts) > 1:
+            kwargs.setdefault("padding", True)
         if images is None:
             kwargs.pop("images_kwargs", None)
-            inputs = self.tokenizer(texts, **kwargs.pop("text_kwargs", {}), **kwargs)
-            if self.token_types and kwargs["return_tensors"] == "pt":
+            inputs = self.tokenizer(texts, **{**kwargs, **kwargs.pop("text_kwargs", {})})
+            if self.token_types:
                 inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
             return inputs
         if self.base_processor is None:
             raise ValueError(
                 "This base has no processor in transformers that takes images; only texts and videos work."
             )
-        return self.image_text_processor()(images=images, text=texts, **kwargs)
+        processor = self.image_text_processor()
+        nested = (
+            texts is not None and len(texts) > 1 and isinstance(images, (list, tuple)) and len(images) == len(texts)
+        )
+        if nested and all(isinstance(group, (list, tuple)) for group in images) and not all(images):
+            # One by one: some processors write every prompt of a batch otherwise once one of them has an image.
+            kwargs["padding"] = False
+            pairs = zip(texts, images, strict=True)
+            return self.collate(
+                [self._text_and_images([one], [group] if group else None, dict(kwargs)) for one, group in pairs]
+            )
+        return processor(images=images, text=texts, **kwargs)
 
     def image_text_processor(self) -> ProcessorMixin:
         """The base's own processor for text and images, around this one's tokenizer and image processor."""
@@ -185,6 +219,13 @@ class LinVTProcessor(ProcessorMixin):
         )
 
     # ---- videos ----
+
+    def _read(self, video, num_frames: int | None, fps: float | None, sample: bool) -> Clip:
+        if not sample:
+            return read_video(video, num_frames=None)
+        if num_frames is None and fps is None and _has_times(video):
+            fps = self.fps  # only as a default: who asks for a rate of frames without times must hear of it
+        return read_video(video, num_frames=self.num_frames if num_frames is None else num_frames, fps=fps)
 
     def _flat_videos(self, videos, per_text: list[int] | None) -> list:
         """All videos in one list, after checking that they match the placeholders of the prompts."""
@@ -237,13 +278,20 @@ class LinVTProcessor(ProcessorMixin):
         Joins single samples into a batch: prompts are padded on the tokenizer's side, videos and images follow one
         another. What samples without a video lack is left out for them.
         """
+        if any(not isinstance(value, Tensor) for sample in features for value in sample.values()):
+            raise ValueError("collate joins the processor's outputs, tensors all; a sample holds something else.")
         batch = {}
         for name in dict.fromkeys(name for sample in features for name in sample):
             values = [sample[name] for sample in features if name in sample]
             if name in _TEXT_PADDING:
                 fill = self.tokenizer.pad_token_id or 0 if name == "input_ids" else _TEXT_PADDING[name]
-                # A sample without token types has text only, type 0.
-                rows = [row for sample in features for row in sample.get(name, torch.zeros_like(sample["input_ids"]))]
+                # A sample without token types has text only, type 0; one without labels has nothing to learn.
+                default = _TEXT_PADDING[name]
+                rows = [
+                    row
+                    for sample in features
+                    for row in sample.get(name, torch.full_like(sample["input_ids"], default))
+                ]
                 batch[name] = pad_sequence(
                     rows, batch_first=True, padding_value=fill, padding_side=self.tokenizer.padding_side
                 )
@@ -279,7 +327,11 @@ class LinVTProcessor(ProcessorMixin):
         }
 
     def question_of(self, prompt: str) -> str:
-        """The words of a prompt's last user turn, without placeholders and markup; never what follows as an answer."""
+        """
+        The words of a prompt's last user turn, without placeholders and markup, found by what the chat template writes
+        around a user's words; a prompt without those marks counts as a whole. A text that itself holds the marks of a
+        template in plain words ("USER:") can mislead this: give `questions` then, or messages.
+        """
         header, footer = self._turn_marks()
         if header and header in prompt:
             prompt = prompt[prompt.rindex(header) + len(header) :]
@@ -340,6 +392,27 @@ def _without_video_processor(processor_class: type) -> type:
         (processor_class,),
         {"check_argument_for_proper_class": check_argument_for_proper_class},
     )
+
+
+def _blocks(message: dict, kind: str) -> list[dict]:
+    content = message.get("content")
+    return [] if not content or isinstance(content, str) else [block for block in content if block["type"] == kind]
+
+
+def _newest_words(messages: list[dict]) -> str:
+    """What the user said last: the text of the newest user turn that has any."""
+    for message in reversed(messages):
+        if message["role"] == "user":
+            content = message.get("content") or ""
+            words = content if isinstance(content, str) else " ".join(b["text"] for b in _blocks(message, "text"))
+            if words.strip():
+                return words.strip()
+    return ""
+
+
+def _has_times(video) -> bool:
+    """Whether a video comes from a file, which knows its frames' times, or as frames, which do not."""
+    return isinstance(video, (str, bytes, os.PathLike)) or hasattr(video, "read") or isinstance(video, Clip)
 
 
 def _rows_per_video(sample: BatchFeature, name: str) -> list[Tensor]:

@@ -20,7 +20,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import logging
 
-from ..image_llm import OWN_MODELS, ImageLLM, image_llm_of
+from ..configuration_linvt import LinVTConfig
+from ..image_llm import OWN_MODELS, ImageLLM, check_loaded, image_llm_of
 from ..modeling_linvt import LinVTForConditionalGeneration
 from ..processing_linvt import VIDEO_TOKEN, LinVTProcessor, chat_template_with_videos
 
@@ -74,6 +75,8 @@ def wrap(
     Returns the model and its processor; `model.save_pretrained(folder, processor=processor)` makes a Hub folder of
     them. Raises `ValueError` for a base that LinVT cannot wrap, `OSError` for one that is not there.
     """
+    if isinstance(processor, LinVTProcessor) or getattr(base, "config", None).__class__ is LinVTConfig:
+        raise ValueError("This is a LinVT model or processor already; wrap the image-LLM and its own processor.")
     if isinstance(base, PreTrainedModel):
         if processor is None:
             raise ValueError(
@@ -92,6 +95,8 @@ def wrap(
 
     image_processor, tokenizer, base_processor, chat_template = _processor_parts(processor, model)
     video_token = _add_video_token(tokenizer, model, image_llm, video_token)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     # Generation continues at the end of each row. init_kwargs too: only they are saved.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     if chat_template is None:
@@ -125,15 +130,11 @@ def load_image_llm(path: str | Path, **model_kwargs) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(path)
     except OSError as error:
         raise OSError(f"There is no image-LLM at {path}: {str(error).splitlines()[0]}") from error
+    if config.model_type == LinVTConfig.model_type:
+        raise ValueError(f"{path} is a LinVT model already; wrap the image-LLM it was made from.")
     model_class = OWN_MODELS.get(config.model_type, AutoModelForImageTextToText)
     model, info = model_class.from_pretrained(path, output_loading_info=True, **model_kwargs)
-    problems = [
-        f"{kind}: {', '.join(sorted(info[f'{kind}_keys']))}"
-        for kind in ("missing", "unexpected")
-        if info[f"{kind}_keys"]
-    ]
-    if problems:
-        raise ValueError(f"The tensors in {path} do not fit its config ({'; '.join(problems)}).")
+    check_loaded(info, path)
     return model
 
 
@@ -155,7 +156,10 @@ def _processor_parts(processor, model: PreTrainedModel):
         given = inspect.signature(processor_class.__init__).parameters.keys()
         own = given - {"self", "args", "kwargs", "image_processor", "tokenizer", "video_processor", "chat_template"}
         settings = {"processor_class": name, **{key: saved[key] for key in sorted(own) if key in saved}}
-    return image_processor, tokenizer, settings, chat_template or tokenizer.chat_template
+    chat_template = chat_template or tokenizer.chat_template
+    if isinstance(chat_template, dict):
+        chat_template = chat_template.get("default")
+    return image_processor, tokenizer, settings, chat_template
 
 
 def _add_video_token(
