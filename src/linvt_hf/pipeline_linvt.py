@@ -51,9 +51,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     def __call__(self, inputs=None, question=None, *, video=None, **kwargs):
         """
         Args:
-            inputs: a dict with `video`, `question` and perhaps `choices`; a chat (messages with `{"type": "video",
-            ...}`
-                blocks); a list, generator or dataset of these. Or a video, with `question` beside it.
+            inputs: a dict with `video`, `question` and perhaps `choices`; a chat, whose messages hold blocks of type
+                "video"; a list, generator or dataset of these. Or a video, with `question` beside it.
             video, question: one of each, or one question for several videos, or as many of both.
             num_frames, fps: how the videos are sampled, instead of the processor's defaults.
             choices: options to choose from.
