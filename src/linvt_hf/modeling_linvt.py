@@ -68,8 +68,8 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
     """
     An image-LLM wrapped with LinVT: texts, images and videos in any mix, text out.
 
-    Videos go through the base's vision encoder and projector frame by frame, then through `video_tokenizer`; what comes
-    out takes the place of the video tokens in the prompt's embeddings. Without a video the call is the base's own.
+    Videos go through the base's vision encoder and projector frame by frame, then through `video_tokenizer`; its
+    tokens take their places among the prompt's embeddings. Without a video it is the base's own call.
 
     Args:
         config: `LinVTConfig` with a `base_config`.
