@@ -295,6 +295,13 @@ def test_the_mask_of_assistant_tokens_is_refused():
         processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
 
 
+def test_settings_of_the_text():
+    _, processor = wrapped("mipha")
+    texts = [f"{VIDEO_TOKEN} what?", f"{VIDEO_TOKEN} and what is that?"]
+    inputs = processor(text=texts, videos=[noise_video()] * 2, text_kwargs={"padding": "max_length", "max_length": 50})
+    assert inputs["input_ids"].shape == (2, 50)
+
+
 def test_numpy_is_refused():
     with pytest.raises(ValueError, match="return_tensors='np'"):
         wrapped("mipha")[1](text="a", return_tensors="np")

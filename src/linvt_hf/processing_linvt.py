@@ -181,7 +181,8 @@ class LinVTProcessor(ProcessorMixin):
             kwargs.setdefault("padding", True)
         if images is None:
             kwargs.pop("images_kwargs", None)
-            inputs = self.tokenizer(texts, **{**kwargs, **kwargs.pop("text_kwargs", {})})
+            text_kwargs = kwargs.pop("text_kwargs", {})
+            inputs = self.tokenizer(texts, **{**kwargs, **text_kwargs})
             if self.token_types:
                 inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
             return inputs
