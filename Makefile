@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all quality style conformance clean
+.PHONY: help install demo test quality style conformance clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -23,9 +23,6 @@ demo: install  ## write a short video, make a model folder, ask it a question in
 	$(RUN) examples/demo.py
 
 test: install  ## the tests, on CPU
-	$(RUN) -m pytest -m "not slow"
-
-test-all: install  ## the tests, the long ones too
 	$(RUN) -m pytest
 
 conformance: install  ## the test suite that transformers ships in its source distribution, against our classes

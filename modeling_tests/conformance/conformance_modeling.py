@@ -78,9 +78,11 @@ class LlavaTest(LinVTTests, unittest.TestCase):
 
 class LlavaOnevisionTest(LinVTTests, unittest.TestCase):
     base = "llava_onevision"
-    test_all_params_have_gradient = False  # no tiles in a video, so no newline between their rows
+    # Its features come before the vision encoder's last norm.
+    test_all_params_have_gradient = False
 
 
 class MiphaTest(LinVTTests, unittest.TestCase):
     base = "mipha"
-    test_all_params_have_gradient = False  # the head of its vision encoder
+    # Its features come from the last layer but one of its vision encoder.
+    test_all_params_have_gradient = False

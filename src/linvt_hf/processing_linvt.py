@@ -194,9 +194,11 @@ class LinVTProcessor(ProcessorMixin):
         nested = (
             texts is not None and len(texts) > 1 and isinstance(images, (list, tuple)) and len(images) == len(texts)
         )
+        # Any other padding than to the longest is the processor's to do.
+        nested = nested and kwargs["padding"] in (True, "longest") and "text_kwargs" not in kwargs
         if nested and all(isinstance(group, (list, tuple)) for group in images) and not all(images):
             # One by one: some processors write every prompt of a batch otherwise once one of them has an image.
-            kwargs["padding"] = False
+            kwargs["padding"] = False  # collate pads
             pairs = zip(texts, images, strict=True)
             return self.collate(
                 [self._text_and_images([one], [group] if group else None, dict(kwargs)) for one, group in pairs]
