@@ -47,7 +47,8 @@ CUSTOM_PIPELINES = {
     }
 }
 _UPLOAD_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description")
-VIDEO_INPUTS = ("pixel_values_videos", "num_frames", "frame_times", "question_ids", "question_mask")
+FRAMES_INPUTS = ("pixel_values_videos", "frame_features")  # a video's frames, in one form or the other
+VIDEO_INPUTS = (*FRAMES_INPUTS, "num_frames", "frame_times", "question_ids", "question_mask")
 FRAME_PREFIX = "frames_"  # what the base's image processor gave beside the pixels of the frames
 
 
@@ -78,6 +79,8 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
 
     main_input_name = "input_ids"
     input_modalities = ("image", "video", "text")
+    # Names of the base's modules that are trained beside the tokenizer; `linvt_hf.training` sets them.
+    trained_projector: tuple[str, ...] = ()
 
     def __init__(self, config: LinVTConfig, base: PreTrainedModel | None = None):
         super().__init__(config)
@@ -136,12 +139,13 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def get_video_features(
         self,
-        pixel_values_videos: Tensor,
-        num_frames: Tensor | list[int],
+        pixel_values_videos: Tensor | None = None,
+        num_frames: Tensor | list[int] | None = None,
         frame_times: Tensor | None = None,
         question_ids: Tensor | None = None,
         question_mask: Tensor | None = None,
         output_weights: bool = False,
+        frame_features: Tensor | None = None,
         **frame_inputs: Tensor,
     ) -> VideoFeatures:
         """
@@ -154,19 +158,29 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
             question_ids, question_mask: [V, L], each video's question as token ids, and True (or 1) for real words.
                 Without them the tokens depend on the video alone.
             output_weights: also return W.
+            frame_features: [sum of T, N, D], the frames' visual tokens if they are already there, as
+                `image_llm.encode_frames` gave them; instead of `pixel_values_videos`. Where frames differ in N, N is
+                the largest and `frames_num_tokens`, [sum of T], says how many of a frame's rows are real.
             frame_inputs: `frames_<name>` for each further input of the base's vision encoder, one entry a frame.
         """
+        if (pixel_values_videos is None) == (frame_features is None):
+            both = "neither was given" if frame_features is None else "both were given"
+            raise ValueError(f"A video's frames are pixel_values_videos or frame_features, and {both}; give one.")
         counts = num_frames.tolist() if isinstance(num_frames, Tensor) else list(num_frames or [])
         if not counts or min(counts) < 1:
             raise ValueError(f"num_frames must hold a positive count for each video; got {counts}.")
         if question_ids is not None and len(question_ids) != len(counts):
             raise ValueError(f"{len(counts)} videos, but {len(question_ids)} rows of question_ids; give one a video.")
         inputs = {name.removeprefix(FRAME_PREFIX): value for name, value in frame_inputs.items()}
-        tokens = self.image_llm.encode_frames(
-            self.base, pixel_values_videos, inputs, sum(counts), self.config.frames_per_chunk
-        )
-        videos = features_per_frame(tokens, counts)  # V tensors [T, N, D]
-        del tokens  # they were copied, and are the largest thing here
+        num_tokens = inputs.pop("num_tokens", None)
+        if frame_features is not None:
+            videos = _split_features(frame_features.to(self.base.device), counts, num_tokens)
+        else:
+            tokens = self.image_llm.encode_frames(
+                self.base, pixel_values_videos, inputs, sum(counts), self.config.frames_per_chunk
+            )
+            videos = features_per_frame(tokens, counts)  # V tensors [T, N, D]
+            del tokens  # they were copied, and are the largest thing here
         starts = [sum(counts[:index]) for index in range(len(counts))]
         grids = [self.image_llm.grid(v.shape[1], inputs, start) for v, start in zip(videos, starts, strict=True)]
         text = None if question_ids is None else self.get_input_embeddings()(question_ids.to(self.base.device))
@@ -199,7 +213,7 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
         """Takes what `get_video_features` needs out of a model's inputs; nothing if they hold no video."""
         names = [name for name in inputs if name in VIDEO_INPUTS or name.startswith(FRAME_PREFIX)]
         videos = {name: inputs.pop(name) for name in names}
-        return videos if videos.get("pixel_values_videos") is not None else {}
+        return videos if any(videos.get(name) is not None for name in FRAMES_INPUTS) else {}
 
     def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Where the videos' tokens go, [B, S]; without ids, as in transformers, a placeholder's embedding tells."""
@@ -254,6 +268,8 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
         frames_pixel_attention_mask: Tensor | None = None,
         frames_image_grid_thw: Tensor | None = None,
         frames_image_sizes: Tensor | None = None,
+        frame_features: Tensor | None = None,
+        frames_num_tokens: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModelOutput:
         """
@@ -261,7 +277,8 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: [B, S]; each video holds M places of `config.video_token_id`, in the order of the videos.
-            pixel_values_videos, num_frames, frame_times, question_ids, question_mask: see `get_video_features`.
+            pixel_values_videos or frame_features, num_frames, frame_times, question_ids, question_mask: see
+                `get_video_features`.
             video_embeds: [V, M, D], the videos' tokens, if they are already there.
             frames_*: what the base's vision encoder needs beside the pixels of a video's frames.
             pixel_values and the others, kwargs: the base's own inputs for images, and any other it takes.
@@ -279,12 +296,19 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
             "frames_pixel_attention_mask": frames_pixel_attention_mask,
             "frames_image_grid_thw": frames_image_grid_thw,
             "frames_image_sizes": frames_image_sizes,
+            "frames_num_tokens": frames_num_tokens,
         }
         kwargs.update({name: value for name, value in named.items() if value is not None})
         frame_inputs = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(FRAME_PREFIX)}
-        if pixel_values_videos is not None and video_embeds is None:
+        if video_embeds is None and (pixel_values_videos is not None or frame_features is not None):
             video_embeds = self.get_video_features(
-                pixel_values_videos, num_frames, frame_times, question_ids, question_mask, **frame_inputs
+                pixel_values_videos,
+                num_frames,
+                frame_times,
+                question_ids,
+                question_mask,
+                frame_features=frame_features,
+                **frame_inputs,
             ).pooler_output
         if video_embeds is not None:
             cached = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -292,7 +316,7 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
             if position_ids is None and input_ids is not None:
                 position_ids = self._positions(input_ids, attention_mask, past_key_values, kwargs)
             input_ids = None
-        return self.base(
+        output = self.base(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -303,6 +327,23 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **self._known_to_base(kwargs),
         )
+        if self.training and torch.is_grad_enabled() and (zero := self._zero_of_trained()) is not None:
+            name = "logits" if output.loss is None else "loss"
+            output[name] = output[name] + zero.to(output[name])
+        return output
+
+    def _zero_of_trained(self) -> Tensor | None:
+        """
+        0, made of everything that is trained before the language model; None if nothing is.
+
+        A batch of texts alone, or videos without a question, leave parts of the tokenizer out. Several processes that
+        average gradients need one for each parameter from every process: otherwise those with videos wait for ever
+        for those without. With this term what was left out has a gradient of zeros, in one process as in many.
+        """
+        modules = (self.video_tokenizer, *map(self.get_submodule, self.trained_projector))
+        trained = [p for module in modules for p in module.parameters() if p.requires_grad and p.numel()]
+        # One element of each: its gradient is a whole tensor of zeros all the same.
+        return 0.0 * torch.stack([p.flatten()[0].float() for p in trained]).sum() if trained else None
 
     def _positions(self, input_ids, attention_mask, past_key_values, kwargs) -> Tensor:
         """The base's own positions for a prompt; its video tokens count as text (one dimension of M-RoPE)."""
@@ -392,6 +433,11 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
         Raises `ValueError` with the names of missing or unexpected tensors: a model that runs on weights nobody
         trained must not look like one that was loaded.
         """
+        if (Path(pretrained_model_name_or_path or "") / "linvt_adapter.json").is_file():
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds adapters without their base; load it with "
+                "linvt_hf.training.load_adapter, or make a whole model of it with `linvt merge`."
+            )
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         check_loaded(info, pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
@@ -401,6 +447,11 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
         Saves a complete Hub folder: weights, config, all code a process without this package needs, a model card, and
         the processor if it is given.
         """
+        if getattr(self.base, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "The model has a LoRA on it, which a whole model's folder cannot hold: fold it in first with "
+                "linvt_hf.training.merge(model), or save it alone with linvt_hf.training.save_adapter(model, folder)."
+            )
         # The config's maps may name the repo a model came from; the new folder brings its own code.
         self.config.auto_map = dict(AUTO_MAP)
         self.config.custom_pipelines = deepcopy(CUSTOM_PIPELINES)
@@ -438,6 +489,20 @@ def _upload(folder, repo_id: str, token=None, private: bool | None = None, **kwa
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+
+
+def _split_features(features: Tensor, counts: list[int], num_tokens: Tensor | None) -> list[Tensor]:
+    """Frames' tokens [sum of T, N, D] as one tensor [T, N, D] a video, each without its padding."""
+    if len(features) != sum(counts):
+        raise ValueError(
+            f"frame_features holds {len(features)} frames, but num_frames asks for {sum(counts)}; give one entry a "
+            "frame."
+        )
+    videos = features.split(counts)
+    if num_tokens is None:
+        return list(videos)
+    firsts = [sum(counts[:index]) for index in range(len(counts))]
+    return [video[:, :real] for video, real in zip(videos, num_tokens[firsts].tolist(), strict=True)]
 
 
 def _batch(videos: list[Tensor]) -> Tensor:
