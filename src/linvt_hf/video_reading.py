@@ -290,6 +290,7 @@ def _decode(file: Any, name: str, picks: list[int], stamps: list[int] | None) ->
     """Frames `picks` (ascending) as uint8 [T, H, W, 3]; None where the decoded frames do not match `stamps`."""
     pixels, count = None, 0
     with _opened(file, name) as (container, stream):
+        convert = _import_av().video.reformatter.VideoReformatter()  # one for all: each new one starts its own threads
         for index, frame in enumerate(_frames(container, stream)):
             if stamps is not None and (index >= len(stamps) or frame.pts != stamps[index]):
                 return None
@@ -297,7 +298,7 @@ def _decode(file: Any, name: str, picks: list[int], stamps: list[int] | None) ->
                 continue
             if pixels is None:  # some streams change their size on the way: all frames get the first one's
                 size = {"width": frame.width, "height": frame.height}
-            picture = frame.to_ndarray(format="rgb24", **size)
+            picture = convert.reformat(frame, format="rgb24", **size).to_ndarray()
             picture = np.rot90(picture, round(frame.rotation / 90))  # both counterclockwise
             if pixels is None:
                 pixels = np.empty((len(picks), *picture.shape), np.uint8)
