@@ -1,0 +1,131 @@
+"""What can be asked about a scene, in varied words, with the right answer and the wrong ones beside it."""
+
+from dataclasses import dataclass
+from random import Random
+
+from .world import COLOURS, DIRECTIONS, SHAPES, SHORT, Scene
+
+COUNTS = ("1", "2", "3", "4", "5")
+PLACES = tuple(
+    " ".join(filter(None, (row, column))) or "centre"
+    for row in ("top", "", "bottom")
+    for column in ("left", "", "right")
+)
+TEMPLATES = {
+    "colour": ("What colour is the {thing}?", "Which colour does the {thing} have?", "The {thing} is what colour?"),
+    "shape": ("What shape is the {thing} one?", "Which shape is {thing}?", "The {thing} thing is what shape?"),
+    "place": (
+        "Where is the {thing}?",
+        "In which part of the picture is the {thing}?",
+        "Where do you see the {thing}?",
+    ),
+    "count": ("How many shapes are there?", "How many things do you see?", "Count the shapes."),
+    "description": ("Describe the picture.", "What is in the picture?", "What do you see?"),
+    "direction": (
+        "Which way does the {thing} move?",
+        "In which direction does the {thing} go?",
+        "Where is the {thing} moving to?",
+    ),
+    "colour in time": (
+        "What colour is the {thing} at the {when}?",
+        "Which colour does the {thing} have at the {when}?",
+        "At the {when}, what colour is the {thing}?",
+    ),
+    "order": ("Which shape appears {rank}?", "Which shape comes {rank}?", "What is the shape that appears {rank}?"),
+    "flash": (
+        "What shape flashes up?",
+        "Which shape is there only for a moment?",
+        "What is the shape that flashes up briefly?",
+    ),
+    "flash colour": (
+        "What colour is the shape that flashes up?",
+        "Which colour flashes up?",
+        "What colour is the thing that is there only for a moment?",
+    ),
+    "flash place": (
+        "Where does something flash up?",
+        "In which part of the picture does a shape flash up?",
+        "Where is the shape that is there only for a moment?",
+    ),
+    "total": (
+        "How many shapes appear in all?",
+        "How many different shapes does the video show?",
+        "How many shapes are there in total?",
+    ),
+    "motion": (
+        "Does the {thing} move or stay still?",
+        "Is the {thing} moving or still?",
+        "Still or moving: what about the {thing}?",
+    ),
+}
+VIDEO_KINDS = ("direction", "colour in time", "order", "flash", "flash colour", "total", "motion")
+LONG_KINDS = ("flash", "flash colour", "flash place")
+RANKS = ("first", "second", "third", "fourth")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene, its answer, and the options it is one of (none for a description)."""
+
+    kind: str
+    text: str
+    answer: str
+    options: tuple[str, ...] = ()
+
+
+def place_name(place: tuple[float, float], canvas: float = 64) -> str:
+    """The third of the picture, in words, in which a centre lies."""
+    column, row = (min(int(3 * value / canvas), 2) for value in place)
+    return PLACES[3 * row + column]
+
+
+def ask(scene: Scene, random: Random) -> list[Question]:
+    """Everything worth asking about a scene, each in words of its own choice."""
+    questions = _about_image(scene) if scene.frames == 1 else _about_video(scene)
+    return [
+        Question(kind, random.choice(TEMPLATES[kind]).format(**words), answer, tuple(options))
+        for kind, words, answer, options in questions
+    ]
+
+
+def _about_image(scene: Scene):
+    things = scene.things
+    for thing in things:
+        if sum(other.shape == thing.shape for other in things) == 1:
+            yield "colour", {"thing": thing.shape}, thing.colour, COLOURS
+            yield "place", {"thing": thing.shape}, place_name(thing.start), PLACES
+        else:
+            yield "place", {"thing": f"{thing.colour} {thing.shape}"}, place_name(thing.start), PLACES
+        if sum(other.colour == thing.colour for other in things) == 1:
+            yield "shape", {"thing": thing.colour}, thing.shape, SHAPES
+    yield "count", {}, str(len(things)), COUNTS
+    # In reading order: a description that could begin anywhere could not be learned.
+    ordered = sorted(things, key=lambda thing: (PLACES.index(place_name(thing.start)), thing.start))
+    named = [f"a {thing.colour} {thing.shape} at the {place_name(thing.start)}" for thing in ordered]
+    yield "description", {}, ", ".join(named), ()
+
+
+def _about_video(scene: Scene):
+    for thing in scene.things:
+        if thing.is_brief:
+            yield "flash", {}, thing.shape, SHAPES
+            yield "flash colour", {}, thing.colour, COLOURS
+            if scene.frames > SHORT:
+                yield "flash place", {}, place_name(thing.start), PLACES
+    if scene.frames > SHORT:
+        return  # a long video is asked about its brief event only
+    # Every shape is there once at most, so its name is enough; a colour before it tells nothing that is asked for.
+    lasting = [thing for thing in scene.things if not thing.is_brief]
+    for thing in lasting:
+        name = thing.shape if thing.later else f"{thing.colour} {thing.shape}"
+        yield "motion", {"thing": name}, "moving" if thing.moves else "still", ("moving", "still")
+        if thing.moves:
+            yield "direction", {"thing": name}, thing.direction, DIRECTIONS
+        if thing.later:
+            for when, colour in (("start", thing.colour), ("end", thing.later)):
+                yield "colour in time", {"thing": thing.shape, "when": when}, colour, COLOURS
+    if len({thing.appears for thing in lasting}) == len(lasting) > 1:
+        ordered = sorted(lasting, key=lambda thing: thing.appears)
+        for rank, thing in zip(RANKS, ordered, strict=False):
+            yield "order", {"rank": rank}, thing.shape, SHAPES
+    yield "total", {}, str(len(scene.things)), COUNTS

@@ -1,0 +1,74 @@
+"""Scenes to data on disk: real mp4 and png files, and JSONL in the `messages` layout that `linvt train` reads."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import av
+import numpy as np
+from PIL import Image
+
+from .questions import Question, ask
+from .world import CANVAS, FPS, Scene, draw, draw_video, make_scene
+
+
+def write_mp4(frames: np.ndarray, path: Path, fps: int = FPS) -> None:
+    """Frames uint8 [T, H, W, 3] as an H.264 file, like the ones that cameras and editors write."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "15", "preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream.codec_context.thread_count = 1  # the same file on every machine, and faster for frames this small
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def chosen_questions(scene: Scene, random: Random) -> list[Question]:
+    """One question of each kind a scene has an answer for, so that no kind outweighs the others."""
+    by_kind: dict[str, list[Question]] = {}
+    for question in ask(scene, random):
+        by_kind.setdefault(question.kind, []).append(question)
+    return [random.choice(questions) for questions in by_kind.values()]
+
+
+def questions_of(kind: str, split: str, count: int) -> Iterator[tuple[int, Scene, list[Question]]]:
+    """The first `count` scenes of a split and what is asked about each."""
+    for number in range(count):
+        scene = make_scene(kind, split, number)
+        yield number, scene, chosen_questions(scene, Random(f"questions {kind} {split} {number}"))
+
+
+def write_split(folder: str | Path, kind: str, split: str, count: int, size: int = CANVAS) -> Path:
+    """
+    Writes `count` scenes of a split and what is asked about them.
+
+    Args:
+        folder: gets `<kind>/<split>/*.mp4` (`*.png` for images) and `<kind>-<split>.jsonl`; files that are there stay.
+        kind: "image", "video" or "long"; split: "train", "validation" or "test".
+        size: height and width in pixels.
+    Returns the JSONL file, a record a question: `messages`, and `kind` and `options` for evaluation.
+    """
+    folder = Path(folder)
+    media = folder / kind / split
+    media.mkdir(parents=True, exist_ok=True)
+    records = folder / f"{kind}-{split}.jsonl"
+    block, suffix = ("image", "png") if kind == "image" else ("video", "mp4")
+    with records.open("w", encoding="utf-8") as lines:
+        for number, scene, questions in questions_of(kind, split, count):
+            path = media / f"{number:05d}.{suffix}"
+            if not path.exists():
+                if kind == "image":
+                    Image.fromarray(draw(scene, 0, size)).save(path)
+                else:
+                    write_mp4(draw_video(scene, size), path)
+            for question in questions:
+                user = [{"type": block, block: str(path.relative_to(folder))}, {"type": "text", "text": question.text}]
+                answer = [{"type": "text", "text": question.answer}]
+                record = {
+                    "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}],
+                    "kind": question.kind,
+                    "options": question.options,
+                }
+                lines.write(json.dumps(record) + "\n")
+    return records
