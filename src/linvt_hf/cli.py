@@ -1,4 +1,4 @@
-"""The `linvt` command: wrap an image-LLM, ask a model about a video."""
+"""The `linvt` command: wrap an image-LLM, train it, ask a model about a video."""
 
 import argparse
 import json
@@ -58,12 +58,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     ask.add_argument("--json", action="store_true", help="print one JSON object")
     ask.set_defaults(run=_ask)
+
+    train = commands.add_parser("train", help="train LinVT, and a LoRA on the language model, by a recipe")
+    train.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a shipped recipe such as qwen2_vl/stage1")
+    train.add_argument(
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="settings that go before the recipe's: model=FOLDER data=FILE output=FOLDER lora.rank=8 ...",
+    )
+    train.set_defaults(run=_train)
+
+    merge = commands.add_parser("merge", help="make one whole model of adapters and their base")
+    merge.add_argument("adapter", metavar="ADAPTER", help="what training wrote: a folder or a Hub id")
+    merge.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    merge.add_argument("--base", help="the base, if it is not where the adapters say")
+    merge.set_defaults(run=_merge)
     return parser
 
 
+def _check_free(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder; choose another, nothing was written.")
+
+
 def _wrap(args) -> None:
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(f"{args.out} exists and is not an empty folder; choose another, nothing was written.")
+    _check_free(args.out)
     settings = dict(_setting(pair) for pair in args.set)
     _say(f"loading {args.base}")
     from linvt_hf import wrap  # torch and transformers take seconds to import; `--help` should not
@@ -129,6 +149,7 @@ def _load(args):
     from transformers import AutoConfig
 
     from linvt_hf import LinVTForConditionalGeneration, LinVTProcessor, VideoQuestionAnsweringPipeline
+    from linvt_hf.training.adapter_files import is_adapter, load_adapter
 
     try:
         config = AutoConfig.from_pretrained(args.model)
@@ -143,9 +164,34 @@ def _load(args):
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch finds no GPU here; use --device cpu.")
     # Our own classes: nothing that a model's folder brings along is run.
-    model = LinVTForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype).eval()
-    processor = LinVTProcessor.from_pretrained(args.model)
+    if is_adapter(args.model):
+        model, processor = load_adapter(args.model, dtype=args.dtype)
+    else:
+        model = LinVTForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype).eval()
+        processor = LinVTProcessor.from_pretrained(args.model)
     return VideoQuestionAnsweringPipeline(model=model, processor=processor, device=device)
+
+
+def _train(args) -> None:
+    try:
+        from linvt_hf.training import read_settings, train
+    except ImportError as error:
+        raise ImportError(f"Training needs more packages ({error}): pip install 'linvt_hf[train]'.") from error
+
+    run = train(read_settings(args.recipe, args.overrides), say=lambda text: print(f"linvt: {text}", file=sys.stderr))
+    if run.main:
+        print(run.summary())
+
+
+def _merge(args) -> None:
+    _check_free(args.out)
+    from linvt_hf.training.adapter_files import load_adapter, save_merged
+
+    _say(f"loading {args.adapter}")
+    model, processor = load_adapter(args.adapter, args.base)
+    _say(f"writing {args.out}")
+    save_merged(model, processor, args.adapter, args.out)
+    print(f"{args.out}: {args.adapter} and its base in one model.")
 
 
 def _say(what: str) -> None:

@@ -1,0 +1,250 @@
+"""
+Folders of adapters: what training changes, apart from the base it changes.
+
+`save_adapter` writes the video tokenizer, the LoRA and a trained projector with the name of the base; `load_adapter`
+puts them together again; `save_merged` makes one ordinary LinVT model of them. Files of a folder:
+
+    linvt.safetensors           the video tokenizer and, if it was trained, the projector, under the model's own names
+    adapter_model.safetensors, adapter_config.json    the LoRA as PEFT writes it for the image-LLM alone
+    linvt_adapter.json          which base, and which of its modules were trained
+    config.json, generation_config.json, the processor's files, README.md
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from ..configuration_linvt import LinVTConfig, is_hub_id
+from ..conversion.wrap import load_image_llm
+from ..model_card import model_card
+from ..modeling_linvt import LinVTForConditionalGeneration
+from ..processing_linvt import LinVTProcessor
+from .adapters import ADAPTER, add_projector, inject_lora, merge
+from .card import adapter_card
+
+ADAPTER_FILE = "linvt_adapter.json"
+WEIGHTS_FILE = "linvt.safetensors"
+LORA_FILE, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."  # what PEFT puts before the image-LLM's own names
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder or a repo of the Hub holds adapters rather than a whole model."""
+    return _find(folder, ADAPTER_FILE) is not None
+
+
+def trained_tensors(model: LinVTForConditionalGeneration) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """
+    What a checkpoint holds, as CPU tensors: `linvt.safetensors` and `adapter_model.safetensors`, under their names
+    there. Every process must call this where parameters are sharded; each then gets whole tensors.
+    """
+    linvt = {
+        f"{prefix}.{name}": _whole(value)
+        for prefix in ("video_tokenizer", *model.trained_projector)
+        for name, value in model.get_submodule(prefix).state_dict().items()
+    }
+    lora = {_lora_key(name): _whole(value) for name, value in _lora_parameters(model).items()}
+    return linvt, lora
+
+
+def save_adapter(
+    model: LinVTForConditionalGeneration,
+    folder: str | Path,
+    processor: LinVTProcessor | None = None,
+    *,
+    tensors: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None,
+    training: str | None = None,
+) -> None:
+    """
+    Writes the video tokenizer, LoRA and trained projector, in the dtypes they are in (float32 in training).
+
+    Args:
+        processor: saved too; without it the folder cannot be asked about a video.
+        tensors: what `trained_tensors` gave, if it was called already.
+        training: how this was trained, in Markdown, for the model card.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    linvt, lora = trained_tensors(model) if tensors is None else tensors
+    base = _origin(model)
+    save_file(linvt, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    if lora:
+        save_file(lora, folder / LORA_FILE, metadata={"format": "pt"})
+        settings = model.base.peft_config[ADAPTER]
+        settings.base_model_name_or_path, settings.revision = base["base_model"], base["revision"]
+        settings.inference_mode = True
+        settings.save_pretrained(folder)
+        settings.inference_mode = False
+    config = LinVTConfig.from_dict(model.config.to_dict())
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    for name in ("auto_map", "custom_pipelines", "use_cache"):  # of a whole model; and the Trainer's own note
+        if hasattr(config, name):
+            delattr(config, name)
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    if processor is not None:
+        processor._auto_class = None  # a whole model brings its code, an adapter does not
+        try:
+            processor.save_pretrained(folder)
+        finally:
+            del processor._auto_class
+    content = {**base, "projector": list(model.trained_projector), "training": training}
+    (folder / ADAPTER_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(adapter_card(model.config, base, bool(lora), training), encoding="utf-8")
+
+
+def save_merged(model, processor, adapter: str | Path, folder: Path) -> None:
+    """Merges a model that `load_adapter` gave and writes it as a whole, its card with the adapter's training."""
+    training = json.loads(_need(adapter, ADAPTER_FILE).read_text(encoding="utf-8"))["training"]
+    merge(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    if training:
+        (folder / "README.md").write_text(model_card(model.config, training=training), encoding="utf-8")
+    model.save_pretrained(folder, processor=processor)
+
+
+def load_adapter(
+    folder: str | Path,
+    base: PreTrainedModel | str | Path | None = None,
+    *,
+    trainable: bool = False,
+    **model_kwargs,
+) -> tuple[LinVTForConditionalGeneration, LinVTProcessor | None]:
+    """
+    A base with the adapters of a folder (or a repo of the Hub) on it, and the processor if the folder has one.
+
+    Args:
+        base: the image-LLM or LinVT model to use, itself or where it is; by default the one the folder names.
+        trainable: keep LinVT in the dtype it was saved in, to go on training; else it takes the base's.
+        model_kwargs: for the base's `from_pretrained`, e.g. `dtype` or `device_map`.
+
+    Raises `ValueError` naming each tensor that is missing, unexpected or of another shape.
+    """
+    content = json.loads(_need(folder, ADAPTER_FILE).read_text(encoding="utf-8"))
+    saved = LinVTConfig.from_pretrained(folder)
+    image_llm, origin = _base(base, content, folder, model_kwargs)
+    fields = {name: getattr(saved, name) for name in LinVTConfig.__annotations__ if hasattr(saved, name)}
+    for name in ("base_config", "hidden_size"):
+        fields.pop(name, None)
+    model = LinVTForConditionalGeneration.from_image_llm(image_llm, **fields)
+    model.name_or_path = origin or ""
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    if _find(folder, LORA_CONFIG) is not None:
+        from peft import LoraConfig
+
+        settings = LoraConfig(**json.loads(_need(folder, LORA_CONFIG).read_text(encoding="utf-8")))
+        settings.inference_mode = not trainable
+        inject_lora(model, settings)
+    if content["projector"]:
+        add_projector(model, content["projector"])
+    if trainable:
+        model.video_tokenizer.float()
+    load_weights(model, folder)
+    has_processor = _find(folder, "processor_config.json") is not None
+    return model.eval(), LinVTProcessor.from_pretrained(folder) if has_processor else None
+
+
+@torch.no_grad()
+def load_weights(model: LinVTForConditionalGeneration, folder: str | Path) -> None:
+    """
+    Puts a folder's tensors into a model that has a place for each. Parameters may be sharded (then every process
+    calls this). Raises `ValueError` naming each that is missing, unexpected or of another shape.
+    """
+    found = load_file(_need(folder, WEIGHTS_FILE))
+    places = {
+        f"{prefix}.{name}": value
+        for prefix in ("video_tokenizer", *model.trained_projector)
+        for name, value in model.get_submodule(prefix).state_dict().items()
+    }
+    if _find(folder, LORA_FILE) is not None:
+        found.update(load_file(_need(folder, LORA_FILE)))
+    places.update({_lora_key(name): value for name, value in _lora_parameters(model).items()})
+    problems = {
+        "missing": sorted(places.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - places.keys()),
+        "of another shape": sorted(k for k in places.keys() & found.keys() if places[k].shape != found[k].shape),
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+        raise ValueError(f"The tensors in {folder} do not fit this model ({listed}).")
+    for name, place in places.items():
+        tensor = found[name].to(place.device)
+        if hasattr(place, "full_tensor"):  # sharded: each process keeps its part
+            from torch.distributed.tensor import distribute_tensor
+
+            tensor = distribute_tensor(tensor.to(place.dtype), place.device_mesh, place.placements)
+        place.copy_(tensor)
+
+
+def _base(base, content: dict, folder, model_kwargs: dict) -> tuple[PreTrainedModel, str | None]:
+    """The image-LLM the adapters go on, and the LinVT model it was taken out of, if it was."""
+    if isinstance(base, LinVTForConditionalGeneration):
+        return base.base, base.name_or_path
+    if isinstance(base, PreTrainedModel):
+        return base, None
+    name = content["base_model"] if base is None else str(base)
+    if not name:
+        raise ValueError(f"{folder} does not name its base; pass base=, the image-LLM it was trained on.")
+    if base is None and content["revision"]:
+        model_kwargs = {"revision": content["revision"], **model_kwargs}
+    model_kwargs.setdefault("dtype", "auto")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=model_kwargs.get("revision"))
+    except OSError as error:
+        raise OSError(
+            f"The base of {folder}, {name}, is neither a folder here nor on the Hub; pass base=, where it is now."
+        ) from error
+    if config.model_type == LinVTConfig.model_type:
+        return LinVTForConditionalGeneration.from_pretrained(name, **model_kwargs).base, name
+    return load_image_llm(name, **model_kwargs), None
+
+
+def _origin(model: LinVTForConditionalGeneration) -> dict:
+    """Where the base came from: the LinVT model that was loaded, or the image-LLM that was wrapped."""
+    source = model if model.name_or_path else model.base
+    name = source.name_or_path
+    if name and not is_hub_id(name):
+        name = str(Path(name).resolve())
+    return {"base_model": name, "revision": getattr(source.config, "_commit_hash", None)}
+
+
+def _lora_parameters(model) -> dict[str, Tensor]:
+    return {name: value for name, value in model.named_parameters() if ".lora_" in name}
+
+
+def _lora_key(name: str) -> str:
+    return _PREFIX + name.removeprefix("base.").replace(f".{ADAPTER}.", ".")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.cpu().contiguous()
+
+
+def _find(folder: str | Path, name: str) -> Path | None:
+    if Path(folder).is_dir():
+        return Path(folder) / name if (Path(folder) / name).is_file() else None
+    if not is_hub_id(str(folder)):
+        return None
+    found = cached_file(
+        str(folder), name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return Path(found) if found else None
+
+
+def _need(folder: str | Path, name: str) -> Path:
+    found = _find(folder, name)
+    if found is None:
+        raise ValueError(
+            f"{folder} has no {name}, so it holds no adapters of LinVT; a whole model loads as any other."
+        )
+    return found
+
+
+__all__ = ["is_adapter", "load_adapter", "load_weights", "save_adapter", "save_merged", "trained_tensors"]

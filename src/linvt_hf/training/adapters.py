@@ -1,0 +1,159 @@
+"""
+What training adds to a LinVT model, and how to take it away again: a LoRA on the language model, a trained projector.
+
+The LoRA is injected in place, so the class stays `LinVTForConditionalGeneration` and everything it can do works.
+`adapter_files.py` writes and reads what was trained.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..modeling_linvt import LinVTForConditionalGeneration
+
+ADAPTER = "default"  # PEFT's name for the one adapter there is
+# What the bases call the module between vision encoder and language model.
+PROJECTORS = ("multi_modal_projector", "merger", "connector", "resampler", "image_projector", "image_pooling_2d")
+
+
+# ---- which of a base's modules ----
+
+
+def language_model_blocks(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks of a base's language model, and their name in the base. Never those of its vision tower."""
+    decoder = base.get_decoder()
+    lists = [(name, module) for name, module in decoder.named_children() if isinstance(module, nn.ModuleList)]
+    path = next((name for name, module in base.named_modules() if module is decoder), None)
+    if not lists or path is None:
+        raise ValueError(f"{type(base).__name__} has no list of decoder blocks, so a LoRA has nowhere to go.")
+    name, blocks = max(lists, key=lambda item: len(item[1]))
+    return f"{path}.{name}" if path else name, blocks
+
+
+def lora_targets(base: PreTrainedModel, names: list[str] | None = None) -> str:
+    """
+    The layers of a LoRA as the regular expression PEFT takes: the linear layers of the language model's blocks.
+
+    Args:
+        names: only those called so ("q_proj", "fc1"); None for all. A name that no layer has is a `ValueError`.
+    """
+    path, blocks = language_model_blocks(base)
+    linear = {name for block in blocks for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    if names is not None:
+        known = {name.rpartition(".")[2] for name in linear}
+        if unknown := sorted(set(names) - known):
+            raise ValueError(
+                f"lora.targets names {', '.join(unknown)}, which the language model of {type(base).__name__} lacks; "
+                f"it has {', '.join(sorted(known))}."
+            )
+        linear = {name for name in linear if name.rpartition(".")[2] in names}
+    return rf"{re.escape(path)}\.\d+\.({'|'.join(re.escape(name) for name in sorted(linear))})"
+
+
+def projector_modules(base: PreTrainedModel) -> tuple[str, ...]:
+    """Names, in the base, of what lies between its vision encoder and its language model."""
+    names = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in PROJECTORS]
+    if not names:
+        raise ValueError(f"{type(base).__name__} has no projector under a known name; train_projector cannot be on.")
+    return tuple(names)
+
+
+# ---- adding and removing ----
+
+
+def has_lora(model: LinVTForConditionalGeneration) -> bool:
+    return bool(getattr(model.base, "_hf_peft_config_loaded", False))
+
+
+def add_lora(
+    model: LinVTForConditionalGeneration,
+    *,
+    rank: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.05,
+    targets: list[str] | None = None,
+) -> None:
+    """A fresh LoRA, which changes nothing yet, on the base's language model. Everything else of the base is frozen."""
+    from peft import LoraConfig
+
+    settings = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(model.base, targets)
+    )
+    inject_lora(model, settings)
+
+
+def inject_lora(model, settings) -> None:
+    if has_lora(model):
+        raise ValueError("The model has a LoRA already; merge(model) first.")
+    model.base.add_adapter(settings, adapter_name=ADAPTER)
+    for name, parameter in model.base.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()  # steps this small would be lost in half precision
+    model.train(model.training)  # the new layers too: their dropout is on when they are made
+
+
+def add_projector(model: LinVTForConditionalGeneration, names: tuple[str, ...] | None = None) -> None:
+    """Marks the base's projector as trained with the adapters, and keeps its own weights for `adapters_off`."""
+    names = tuple(f"base.{name}" for name in projector_modules(model.base)) if names is None else tuple(names)
+    model.trained_projector = names
+    model._untrained_projector = {
+        name: {key: value.detach().clone() for key, value in model.get_submodule(name).state_dict().items()}
+        for name in names
+    }
+
+
+@contextlib.contextmanager
+def adapters_off(model: LinVTForConditionalGeneration) -> Iterator[None]:
+    """Inside, the base is the image-LLM as it was: still images give its own logits bit for bit."""
+    trained = {name: _copy(model.get_submodule(name)) for name in model.trained_projector}
+    if lora := has_lora(model):
+        model.base.disable_adapters()
+    try:
+        for name in trained:
+            _restore(model.get_submodule(name), model._untrained_projector[name])
+        yield
+    finally:
+        for name, weights in trained.items():
+            _restore(model.get_submodule(name), weights)
+        if lora:
+            model.base.enable_adapters()
+
+
+def _copy(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+@torch.no_grad()
+def _restore(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    for name, value in module.state_dict().items():
+        value.copy_(weights[name])
+
+
+@torch.no_grad()
+def merge(model: LinVTForConditionalGeneration) -> LinVTForConditionalGeneration:
+    """
+    Folds the LoRA into the language model's weights, in place: an ordinary LinVT model in the base's dtype, whose
+    `save_pretrained` writes the usual Hub folder. Equal up to rounding; the adapters cannot be switched off any more.
+    """
+    if has_lora(model) or model.trained_projector:
+        model.name_or_path = model.base.name_or_path = ""  # these weights are no longer where they came from
+    if has_lora(model):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for name, layer in list(model.base.named_modules()):
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge()
+                model.base.set_submodule(name, layer.get_base_layer())
+        model.base._hf_peft_config_loaded = False
+        del model.base.peft_config
+    for name in ("video_tokenizer", *model.trained_projector):
+        model.get_submodule(name).to(model.base.dtype)
+    model.trained_projector, model._untrained_projector = (), {}
+    return model.requires_grad_(True)
+
+
+__all__ = ["adapters_off", "add_lora", "add_projector", "has_lora", "inject_lora", "language_model_blocks", "merge"]

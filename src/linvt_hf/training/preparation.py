@@ -1,0 +1,113 @@
+"""The model of a run: where it comes from, what of it learns, and how it is left behind."""
+
+from torch import nn
+from transformers import AutoConfig
+
+from ..conversion import wrap
+from ..modeling_linvt import LinVTForConditionalGeneration
+from ..processing_linvt import LinVTProcessor
+from .adapter_files import is_adapter, load_adapter
+from .adapters import add_lora, add_projector, has_lora
+from .settings import SettingsError, TrainingSettings
+
+
+def load_model(settings: TrainingSettings, autocast: bool) -> tuple[LinVTForConditionalGeneration, LinVTProcessor]:
+    """`settings.model`: an image-LLM, which is wrapped, a whole LinVT model, or adapters."""
+    name = settings.model
+    if settings.dtype == "auto":
+        dtype = "auto" if autocast else "float32"  # without autocast, LinVT and the base must agree
+    else:
+        dtype = settings.dtype
+        if dtype != "float32" and not autocast:
+            raise SettingsError(f"dtype {dtype} needs bf16: true, since LinVT learns in float32.")
+    model_kwargs = {"dtype": dtype}
+    if settings.revision is not None:
+        model_kwargs["revision"] = settings.revision
+    if adapter := is_adapter(name):
+        model, processor = load_adapter(name, trainable=True, dtype=dtype)
+    else:
+        try:
+            kind = AutoConfig.from_pretrained(name, revision=settings.revision).model_type
+        except OSError as error:
+            raise SettingsError(f"There is no model at {name}, neither here nor on the Hub.") from error
+        if kind != "linvt":
+            sampling = {"fps": settings.fps}
+            if settings.num_frames is not None:
+                sampling["num_frames"] = settings.num_frames
+            return wrap(name, model_kwargs=model_kwargs, **sampling, **settings.linvt)
+        model = LinVTForConditionalGeneration.from_pretrained(name, **model_kwargs)
+        processor = LinVTProcessor.from_pretrained(name, revision=settings.revision)
+    if settings.linvt:
+        kind = "adapters" if adapter else "a LinVT model"
+        raise SettingsError(f"{name} holds {kind}, which have their settings; take linvt: out of the recipe.")
+    if processor is None:
+        raise SettingsError(f"{name} holds no processor; save it there with processor.save_pretrained.")
+    return model, processor
+
+
+def prepare(model: LinVTForConditionalGeneration, settings: TrainingSettings) -> None:
+    """Freezes what is not learned; what is learned becomes float32 and asks for gradients."""
+    lora = settings.lora
+    if lora is not None and not has_lora(model):
+        add_lora(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+    elif lora is not None:
+        have = model.base.peft_config["default"]
+        if (have.r, have.lora_alpha) != (lora.rank, lora.alpha):
+            raise SettingsError(
+                f"The model has a LoRA of rank {have.r} and alpha {have.lora_alpha}, and lora: asks for {lora.rank} "
+                f"and {lora.alpha}; merge it first (linvt merge), or ask for the same."
+            )
+    if settings.train_projector and not model.trained_projector:
+        add_projector(model)
+    _still(model.base)
+    model.requires_grad_(False)
+    learned = [] if settings.freeze_linvt else [model.video_tokenizer]
+    learned += [model.get_submodule(name) for name in model.trained_projector if settings.train_projector]
+    for module in learned:
+        module.float().requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if lora is not None and ".lora_" in name:
+            parameter.requires_grad_(True)
+    model.video_tokenizer.float()
+    if settings.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+        # It makes embeddings ask for gradients, the vision tower's among them, which would then be kept and computed
+        # through the whole frozen tower; LinVT and LoRA ask for those they need.
+        model.disable_input_require_grads()
+
+
+def _still(base: nn.Module) -> None:
+    """The frozen base's own dropout is off: it learns nothing, and LinVT should see what it will see later."""
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def finish(model: LinVTForConditionalGeneration) -> None:
+    """Ready to answer: LinVT and projector in the base's dtype, as `load_adapter` gives them."""
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    disable()
+    for name in ("video_tokenizer", *model.trained_projector):
+        if not any(hasattr(p, "full_tensor") for p in model.get_submodule(name).parameters()):
+            model.get_submodule(name).to(model.base.dtype)
+    model.eval()
+
+
+def count_parameters(model: nn.Module) -> str:
+    """What learns and how large it is, as a sentence."""
+    counts = {"LinVT": 0, "LoRA": 0, "projector": 0}
+    frozen = 0
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            frozen += parameter.numel()
+            continue
+        part = "LoRA" if ".lora_" in name else "projector" if name.startswith("base.") else "LinVT"
+        counts[part] += parameter.numel()
+    learned = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
+    return f"parameters that learn: {learned}; frozen: {frozen:,}"
+
+
+__all__ = ["count_parameters", "finish", "load_model", "prepare"]
