@@ -91,9 +91,9 @@ class ChatDataset(Dataset):
 
     def _check_texts(self) -> None:
         """Words that the tokenizer takes for a video or an image would ask for one that is not there."""
-        marks = {self.processor.video_token}
-        if self.processor.base_processor is not None:
-            marks.add(getattr(self.processor.tokenizer, "image_token", None) or self.processor.video_token)
+        tokenizer = self.processor.tokenizer
+        images = {getattr(tokenizer, "image_token", None), getattr(tokenizer, "boi_token", None), "<image>"}
+        marks = {self.processor.video_token, *images & {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}}
         for conversation in self.conversations:
             for turn in conversation.messages:
                 for block in turn["content"]:

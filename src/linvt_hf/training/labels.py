@@ -35,7 +35,7 @@ def encode_conversation(
     One sample with labels.
 
     Args:
-        messages: turns whose last is the answer to learn; contents are lists of blocks.
+        messages: turns whose last is the answer to learn.
         num_frames, fps: instead of the processor's defaults.
         turns: "each" learns the last answer and conditions the videos on the newest question, as inference does with
             this prompt. "all" learns every answer of the conversation and conditions on all its questions, never on
@@ -49,6 +49,7 @@ def encode_conversation(
         raise ValueError(f"turns is {turns!r}; it must be 'each' or 'all'.")
     if not messages or messages[-1]["role"] != "assistant":
         raise ValueError("The last turn of a conversation that is learned must be the assistant's.")
+    messages = [{**m, "content": _as_blocks(m["content"])} for m in messages]
     inputs = encode_text(processor, messages, turns=turns)
     videos = [block["video"] for message in messages for block in message["content"] if block["type"] == "video"]
     if videos:
@@ -119,6 +120,10 @@ def _render(processor: LinVTProcessor, messages: list[dict], answer_next: bool) 
         for message in messages
     ]
     return processor.apply_chat_template(bare, add_generation_prompt=answer_next, tokenize=False)
+
+
+def _as_blocks(content: str | list[dict]) -> list[dict]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _question(prompt: list[dict], turns: str) -> str:
