@@ -168,7 +168,6 @@ def _arguments(settings: TrainingSettings, evaluates: bool) -> TrainingArguments
         remove_unused_columns=False,  # the processor gives what the model takes
         label_names=["labels"],
         ddp_find_unused_parameters=False,  # every parameter has a gradient in every batch
-        ddp_broadcast_buffers=False,
         report_to=[],  # Report does
         disable_tqdm=True,
     )

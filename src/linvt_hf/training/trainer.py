@@ -85,8 +85,10 @@ class LinVTTrainer(Trainer):
                 counts = self.accelerator.reduce(counts, reduction="sum")
             samples, tokens = (counts / max(now - self.since, 1e-9)).tolist()
             logs["samples_per_second"], logs["tokens_per_second"] = samples, tokens
-            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-                logs[f"learning_rate/{group['name'].split('/')[0]}"] = rate
+            groups = self.optimizer.param_groups  # the schedule scales them all alike
+            for group in groups:
+                share = group["initial_lr"] / groups[0]["initial_lr"]
+                logs[f"learning_rate/{group['name'].split('/')[0]}"] = logs["learning_rate"] * share
             self.samples, self.tokens, self.since = 0, 0, now
         super().log(logs, start_time)
 
