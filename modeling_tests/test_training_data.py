@@ -101,7 +101,11 @@ def learned(processor, sample):
         (llava("What?\n<video>", "A.", video="frames", id="v_1"), [("What?", "V:frames"), ("A.",)]),
         (llava("Is <image> in <video>?", "A.", video="a.mkv", image="c.png"), [
             ("Is ", "I:c.png", " in ", "V:a.mkv", "?"), ("A.",)]),
+        (llava(" <video> <video> What ?\n", "A.", video=["a.mkv", "b.mkv"]), [
+            ("V:a.mkv", "V:b.mkv", "What ?"), ("A.",)]),
+        (llava("Look:\n <video>\n\n What?", "A.", video="a.mkv"), [("Look:", "V:a.mkv", "What?"), ("A.",)]),
         (llava("What?", "A.", video="a.mkv"), [("V:a.mkv", "What?"), ("A.",)]),
+        (llava("What?", "A.", system_prompt="Be brief."), [("Be brief.",), ("What?",), ("A.",)]),
         (llava("What?", " A.\n", "Why?", "B."), [("What?",), ("A.",), ("Why?",), ("B.",)]),
         (llava("<image>\n<image>\nSame?", "A.", image=["c.png", "c.png"]), [
             ("I:c.png", "I:c.png", "Same?"), ("A.",)]),
@@ -208,6 +212,9 @@ def test_media_lie_beside_the_data_file(media, tmp_path):
         ({"conversations": [{"from": "bot", "value": "Hi"}]}, "a turn is by 'bot', and known are user, human"),
         ({"messages": [{"role": "tool", "content": "Hi"}]}, "a turn is by 'tool'"),
         ({"messages": [{"content": "Hi"}]}, "a turn is by None"),
+        ({"conversations": "Hi"}, "its conversations must be a list of objects with fields"),
+        ({"QA": [["What?", "A."]]}, "its QA must be a list of objects with fields"),
+        (llava(3, "A."), "a turn of the user says 3, which is no text"),
         ({"messages": turns("What?", "A.")[1:]}, "turn 1 is by assistant, after nothing"),
         ({"messages": turns("What?", "A.")[:1] * 2}, "turn 2 is by user, after user"),
         ({"messages": turns("What?", "A.", system="S")[::2]}, "turn 2 is by assistant, after system"),

@@ -169,13 +169,11 @@ def _answer_ids(processor: LinVTProcessor, messages: list[dict], prompt: str, en
 
 
 def _end_of_mark(tokenizer: PreTrainedTokenizerBase, after: str) -> int:
-    """Where the end mark ends in what a template writes after an answer: the end-of-sequence token, if it is there,
-    or else the last special token; 0 for none."""
-    if tokenizer.eos_token and tokenizer.eos_token in after:
-        return after.index(tokenizer.eos_token) + len(tokenizer.eos_token)
+    """Where the end mark, the first special token, ends in what a template writes after an answer; 0 for none."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special = {*tokenizer.all_special_tokens, *added}
-    return max((after.rfind(token) + len(token) for token in special if token in after), default=0)
+    marks = [(after.find(token), -len(token)) for token in {*tokenizer.all_special_tokens, *added} if token in after]
+    start, length = min(marks, default=(0, 0))
+    return start - length
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> list[int]:

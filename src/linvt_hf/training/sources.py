@@ -1,40 +1,20 @@
 """
 Data files in, conversations out.
 
-`read_source` reads a file in any of the layouts below and checks each record before training starts; what is wrong
-is one sentence that names the file and the line. Videos and images stay paths: a sample opens them when it is made.
-
-Layouts of a record:
-
-- `messages`: as chat templates take them; content is a text or a list of blocks, `{"type": "video", "path": ..}`.
-- `conversations`: LLaVA's, `[{"from": "human", "value": ..}, {"from": "gpt", "value": ..}]` beside `video` or `image`,
-  with `<video>` or `<image>` where each goes. LLaVA-Video-178K writes `<image>` for its videos, so in a record with
-  videos alone that means a video. ShareGPTVideo's `video` names a folder of frames, and its `<video>` may come last.
-- `QA`: VideoChat2-IT's, `[{"i": instruction, "q": question, "a": answer}]` beside `video` or `image`. The first
-  instruction stands before the first question; where there is no question (captions) it is the question.
-
-Without a placeholder, what a record names beside its turns comes first in its first turn.
+`read_source` reads a file of records in any layout that `records` knows and checks each before training starts; what
+is wrong is one sentence that names the file and the line. Videos and images stay paths: a sample opens them when it is
+made.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..video_reading import is_one_video
+from .records import Conversation, MediaFinder, conversation_of
 
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "system": "system",
-}
-_PLACEHOLDER = re.compile(r"<\|?(video|image)(?:_token|_pad|_placeholder)?\|?>")
-_MEDIA_KEYS = {"video": ("video", "path", "url"), "image": ("image", "path", "url")}
 _SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
@@ -63,23 +43,6 @@ class DataSource:
         if not self.weight > 0:
             raise ValueError(f"{self.path}: weight is {self.weight}; it must be above 0, or leave the source out.")
         check_sampling(self.num_frames, self.fps, f"{self.path}: ")
-
-
-@dataclass
-class Conversation:
-    """
-    One record.
-
-    messages: turns `{"role", "content"}`, content a list of blocks `{"type": "text", "text"}`, `{"type": "video",
-        "video"}` and `{"type": "image", "image"}`. Relative paths were made absolute. The last turn is an answer.
-    origin: where it came from, "file:line" or "file: record 12".
-    num_frames, fps: how its videos are sampled, instead of the run's settings.
-    """
-
-    messages: list[dict]
-    origin: str
-    num_frames: int | None = None
-    fps: float | None = None
 
 
 def read_source(source: DataSource) -> list[Conversation]:
@@ -221,203 +184,12 @@ def _rows(dataset) -> Iterator[dict]:
         yield from table.to_pylist()
 
 
-# ---- records to conversations ----
-
-
-class _Media:
-    """Videos and images as a record names them, to what readers take: absolute paths, or what is there already."""
-
-    def __init__(self, folder: Path, check: bool):
-        self.folder = os.path.abspath(folder)
-        self.check = check
-        self.there: dict[str, bool] = {}  # many records share a video
-
-    def __call__(self, value: Any, kind: str, origin: str) -> Any:
-        if isinstance(value, dict):  # as the image and video columns of `datasets` are stored
-            if value.get("bytes") is not None:
-                return value["bytes"]
-            value = value.get("path")
-        if isinstance(value, (list, tuple)):
-            return [self(item, "frame", origin) for item in value]
-        if not isinstance(value, (str, Path)):
-            return value
-        if not str(value):
-            raise ValueError(f"{origin}: the path of its {kind} is empty.")
-        if "://" in str(value):
-            return str(value)
-        path = os.path.normpath(os.path.join(self.folder, value))
-        if self.check and not self.there.setdefault(path, os.path.exists(path)):
-            raise FileNotFoundError(
-                f"{origin}: there is no {kind} at {path}; `media` names the folder of relative paths."
-            )
-        return path
-
-
 def _conversations(records, media: Path, check_media: bool, num_frames, fps) -> list[Conversation]:
-    find = _Media(media, check_media)
-    return [
-        Conversation(_messages(record, origin, find), origin, num_frames=num_frames, fps=fps)
-        for origin, record in records
-    ]
-
-
-def _messages(record: Any, origin: str, find: _Media) -> list[dict]:
-    if not isinstance(record, dict):
-        raise ValueError(f"{origin}: a record must be an object with fields, not {type(record).__name__}.")
-    record = {key: value for key, value in record.items() if value is not None}  # Parquet fills what is missing
-    turns = _turns(record, origin)
-    given = {kind: _given(record, kind) for kind in ("video", "image")}
-    if given["video"] and "start" in record and "end" in record:
-        raise ValueError(
-            f"{origin}: asks for {record['start']} to {record['end']} of its video, and only whole videos are read; "
-            "cut the video and leave start and end out."
-        )
-    messages = [{"role": role, "content": _blocks(content, role, origin)} for role, content in turns]
-    _check_turns(messages, origin)
-    _place_media(messages, given, origin)
-    for message in messages:
-        for block in message["content"]:
-            if (kind := block["type"]) != "text":
-                block[kind] = find(block[kind], kind, origin)
-    return messages
-
-
-def _turns(record: dict, origin: str) -> list[tuple[str, Any]]:
-    """(role, content) of each turn; roles by the names of chat templates."""
-    if "messages" in record:
-        turns = [(_role(turn, "role", origin), turn.get("content") or "") for turn in record["messages"]]
-    elif "conversations" in record:
-        keys = ("from", "value")
-        if record["conversations"] and "role" in record["conversations"][0]:
-            keys = ("role", "content")
-        turns = [(_role(turn, keys[0], origin), turn.get(keys[1]) or "") for turn in record["conversations"]]
-        turns = [(role, text.strip() if isinstance(text, str) else text) for role, text in turns]
-    elif "QA" in record:
-        turns = []
-        for pair in record["QA"]:
-            texts = [pair.get("q") or ""] if turns else [pair.get("i") or "", pair.get("q") or ""]
-            turns.append(("user", "\n".join(text.strip() for text in texts if text.strip())))
-            turns.append(("assistant", (pair.get("a") or "").strip()))
-    else:
-        raise ValueError(
-            f"{origin}: has the fields {', '.join(map(str, record)) or '(none)'}, and none of messages, "
-            "conversations and QA, which say what was asked and answered."
-        )
-    system = record.get("system_prompt") or record.get("system")
-    return [("system", system), *turns] if isinstance(system, str) and "messages" not in record else turns
-
-
-def _role(turn: Any, key: str, origin: str) -> str:
-    role = turn.get(key) if isinstance(turn, dict) else None
-    if role not in ROLES:
-        raise ValueError(f"{origin}: a turn is by {role!r}, and known are {', '.join(ROLES)}.")
-    return ROLES[role]
-
-
-def _given(record: dict, kind: str) -> list:
-    """The videos or images a record names beside its turns."""
-    values: list = []
-    for key in (kind, kind + "s"):
-        value = record.get(key)
-        if value is None or (isinstance(value, (str, list, tuple)) and not value):
-            continue
-        several = isinstance(value, (list, tuple)) and not (kind == "video" and is_one_video(value))
-        values.extend(value if several else [value])
-    return values
-
-
-def _blocks(content: Any, role: str, origin: str) -> list[dict]:
-    """Content as blocks; a video or image that is still to be placed has None for what it shows."""
-    if isinstance(content, str):
-        return _split_text(content)
-    blocks = []
-    for block in content:
-        kind = block.get("type") if isinstance(block, dict) else None
-        if kind == "text":
-            if block.get("text"):
-                blocks.append({"type": "text", "text": block["text"]})
-        elif kind in _MEDIA_KEYS:
-            if block.get("video_start") is not None or block.get("video_end") is not None:
-                raise ValueError(f"{origin}: asks for a part of a video, and only whole videos are read; cut it.")
-            value = next((block[key] for key in _MEDIA_KEYS[kind] if block.get(key) is not None), None)
-            blocks.append({"type": kind, kind: value})
-        else:
-            raise ValueError(
-                f"{origin}: a turn of the {role} holds a block of type {kind!r}; known are text, video and image."
-            )
-    return blocks
-
-
-def _split_text(text: str) -> list[dict]:
-    """
-    A text at its placeholders. Line breaks beside a placeholder belong to it, since chat templates write their own,
-    and so does space at the turn's ends.
-    """
-    blocks: list[dict] = []
-    end = 0
-    for match in _PLACEHOLDER.finditer(text):
-        blocks += [{"type": "text", "text": text[end : match.start()]}, {"type": match[1], match[1]: None}]
-        end = match.end()
-    blocks.append({"type": "text", "text": text[end:]})
-    for index, block in enumerate(blocks):
-        if block["type"] == "text" and len(blocks) > 1:
-            if index > 0:
-                block["text"] = re.sub(
-                    r"^[ \t]*\n\s*" if index > 1 or blocks[0]["text"] else r"^\s+", "", block["text"]
-                )
-            if index < len(blocks) - 1:
-                last = index == len(blocks) - 3 and not blocks[-1]["text"]
-                block["text"] = re.sub(r"\s+$" if last else r"\s*\n[ \t]*$", "", block["text"])
-    return [block for block in blocks if block["type"] != "text" or block["text"]]
-
-
-_NEXT = {"nothing": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
-
-
-def _check_turns(messages: list[dict], origin: str) -> None:
-    before = "nothing"
-    for number, message in enumerate(messages, 1):
-        role, blocks = message["role"], message["content"]
-        if role not in _NEXT[before]:
-            raise ValueError(
-                f"{origin}: turn {number} is by {role}, after {before}; user and assistant take turns, the user "
-                "first, with at most one turn of the system before them."
-            )
-        if role != "user" and any(block["type"] != "text" for block in blocks):
-            raise ValueError(f"{origin}: turn {number}, by {role}, holds a video or image; only the user's may.")
-        if role == "assistant" and not "".join(block["text"] for block in blocks).strip():
-            raise ValueError(f"{origin}: turn {number} is an empty answer; there is nothing to learn from it.")
-        before = role
-    if before != "assistant":
-        raise ValueError(f"{origin}: has no answer{' to its last question' if len(messages) > 2 else ''}.")
-
-
-def _place_media(messages: list[dict], given: dict[str, list], origin: str) -> None:
-    """Puts what a record names beside its turns into the places for it; without places it comes first."""
-    blocks = [block for message in messages for block in message["content"] if block["type"] != "text"]
-    places = [block for block in blocks if block[block["type"]] is None]
-    own = {block["type"] for block in blocks if block[block["type"]] is not None}
-    if given["video"] and not given["image"]:  # LLaVA-Video-178K's way of writing
-        for block in places:
-            block.clear()
-            block.update(type="video", video=None)
-    first: list[dict] = []
-    for kind, values in given.items():
-        open_places = [block for block in places if block["type"] == kind]
-        if values and not open_places and kind not in own:
-            first += [{"type": kind, kind: value} for value in values]
-        elif len(open_places) != len(values):
-            raise ValueError(
-                f"{origin}: its turns hold {len(open_places)} places for a {kind}, but it names {len(values)} "
-                f"{kind}s beside them; give one for each place."
-            )
-        else:
-            for block, value in zip(open_places, values, strict=True):
-                block[kind] = value
-    next(message for message in messages if message["role"] == "user")["content"][:0] = first
-    for number, message in enumerate(messages, 1):
-        if not message["content"]:
-            raise ValueError(f"{origin}: turn {number}, by {message['role']}, is empty.")
+    find = MediaFinder(media, check_media)
+    found = [conversation_of(record, origin, find) for origin, record in records]
+    for conversation in found:
+        conversation.num_frames, conversation.fps = num_frames, fps
+    return found
 
 
 __all__ = ["Conversation", "DataSource", "check_sampling", "read_records", "read_source"]
