@@ -55,7 +55,7 @@ class TrainingRun:
             least = min(entry["eval_loss"] for entry in self.history if "eval_loss" in entry)
             lines.append(f"{self.best}: those with the lowest evaluation loss, {least:.4f}")
         if self.skipped:
-            lines.append(f"{len(self.skipped)} samples or videos were skipped ({self.folder / SKIPPED_FILE}):")
+            lines.append(f"skipped, {len(self.skipped)} in all (see {self.folder / SKIPPED_FILE}):")
             lines += [f"  {entry['path'] or entry['origin']}: {entry['reason']}" for entry in self.skipped[:10]]
             lines += ["  ..."] if len(self.skipped) > 10 else []
         lines.append(f"next: linvt ask {self.folder} VIDEO QUESTION, or linvt merge {self.folder} OUT")

@@ -62,7 +62,7 @@ class TrainingSettings:
     projector_learning_rate: float | None = None
     weight_decay: float = 0.01  # authors' code; none on norms, biases, queries, centres and widths is ours
     warmup: float = 0.03  # authors' code; a share of all steps
-    schedule: str = "cosine"  # authors' code
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"  # authors' code
     epochs: float = 1.0  # authors' code
     max_steps: int | None = None  # instead of epochs
     batch_size: int = 8  # ours; samples a process and a forward pass
@@ -74,7 +74,7 @@ class TrainingSettings:
     num_frames: int | None = None
     fps: float | None = None
     max_length: int | None = None  # ours; longer samples are the data set's to shorten
-    turns: str = "each"
+    turns: Literal["each", "all"] = "each"  # ours; samples of a conversation with several answers, see ChatDataset
     workers: int = 2  # ours; processes that read videos
     feature_cache: str | None = None  # folder for the frozen encoder's features, filled before training
 
@@ -261,7 +261,10 @@ def _build(node: _Node, cls: type, name: str, places: dict[str, str]):
     for key in needed:
         if key not in values:
             raise SettingsError(f"{node.where}: {prefix}{key} is missing.")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise SettingsError(f"{node.where}: {error}") from error
 
 
 def _convert(node: _Node, hint, name: str, places: dict[str, str]):

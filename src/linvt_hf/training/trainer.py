@@ -172,7 +172,12 @@ class LinVTTrainer(Trainer):
             plugin.mixed_precision_policy = None  # autocast does it, and LinVT stays float32
 
     def _prepare_for_training(self, *args, **kwargs):
-        with _blocks_apart(self.model) if self.is_fsdp_enabled else contextlib.nullcontext():
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(*args, **kwargs)
+        # Blocks are gathered again when gradients come back through them. Those of words alone would have none to
+        # bring back, and the other processes would wait.
+        self.model.get_input_embeddings().register_forward_hook(lambda *args: args[2].requires_grad_(True))
+        with _blocks_apart(self.model):
             return super()._prepare_for_training(*args, **kwargs)
 
 

@@ -1,0 +1,121 @@
+"""Two processes on CPUs give what one gives, whatever each one's part of a batch holds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from training_data import data_file, losses, recipe
+
+import linvt_hf.training
+from linvt_hf.training import LoraSettings, train
+
+CONFIGS = Path(linvt_hf.training.__file__).parent / "accelerate"
+SCRIPT = Path(__file__).parent / "distributed_run.py"
+# Texts without a video are among the samples so that in some steps one of the two processes has no video at all.
+# Without dropout, whose random numbers each process draws for itself.
+STAGE1 = {"max_steps": 5, "save_every": 3, "data": data_file(texts=(0, 2, 3, 5, 7))}
+STAGE2 = {**STAGE1, "lora": LoraSettings(rank=4, dropout=0.0), "train_projector": True}
+
+
+def launch(kind: str, *parts) -> str:
+    """Runs two processes, and fails rather than wait for ever if they wait for each other."""
+    arguments = []
+    for settings in parts:
+        if not isinstance(settings, str):
+            path = Path(f"{settings.output}.yaml")
+            path.write_text(yaml.safe_dump(settings.to_dict()))
+            settings = str(path)
+        arguments.append(settings)
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            SCRIPT,
+            kind,
+            *arguments,
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FSDP_CONFIG": str(CONFIGS / "fsdp2.yaml")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert process.returncode == 0, process.stderr[-5000:]
+    return process.stdout
+
+
+def history(folder: Path) -> list[float]:
+    entries = json.loads((folder / "checkpoint-5" / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    files = (folder / name for name in ("linvt.safetensors", "adapter_model.safetensors"))
+    return {name: tensor for file in files if file.exists() for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process, the same batches: its losses, and where its adapters are."""
+    runs = {}
+    for stage, values in [("stage1", STAGE1), ("stage2", STAGE2)]:
+        folder = tmp_path_factory.mktemp(stage)
+        runs[stage] = losses(train(recipe("internvl_qwen2", folder, batch_size=4, **values))), folder
+    return runs
+
+
+def check(folder: Path, expected) -> None:
+    torch.testing.assert_close(history(folder), expected[0], rtol=1e-5, atol=1e-5)
+    found, wanted = tensors(folder), tensors(expected[1])
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-4)
+
+
+def two(folder: Path, values: dict):
+    return recipe("internvl_qwen2", folder, batch_size=2, **values)
+
+
+def test_ddp(alone, tmp_path):
+    launch("ddp", two(tmp_path / "1", STAGE1), two(tmp_path / "2", STAGE2))
+    check(tmp_path / "1", alone["stage1"])
+    check(tmp_path / "2", alone["stage2"])
+
+
+def test_fsdp2(alone, tmp_path):
+    """
+    Blocks in shards, whether or not something in them learns; and a run taken up from a sharded checkpoint ends where
+    it would have ended.
+    """
+    first, second = two(tmp_path / "1", STAGE1), two(tmp_path / "2", STAGE2)
+    said = launch("fsdp2", first, second, f"aside:{tmp_path / '2' / 'checkpoint-5'}", second)
+    assert said.count("sharded: ['FSDPLinVTForConditionalGeneration', 'FSDPQwen2DecoderLayer']") == 3
+    check(tmp_path / "1", alone["stage1"])
+    check(tmp_path / "2", alone["stage2"])
+    assert list((tmp_path / "2" / "checkpoint-3" / "optimizer_0").glob("*.distcp"))
+    whole, resumed = tensors(tmp_path / "2" / "aside-checkpoint-5"), tensors(tmp_path / "2")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations(path):
+    """accelerate reads them, and finds in them what their names say. (DeepSpeed itself is not run here.)"""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    assert config.distributed_type == kinds[path.stem]
+    assert config.mixed_precision == "no"  # the recipe's affair
+    if path.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+    if config.distributed_type == "DEEPSPEED":
+        assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
