@@ -12,14 +12,16 @@ import torch
 from PIL import Image
 from tiny_bases import NAMED, TINY_BASES, UNNAMED
 from tiny_models import encode, noise_video, wrapped
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 from video_files import moving_square, write_video
 
+from linvt_hf.training import dataset
 from linvt_hf.training.dataset import ChatDataset, read_skipped
 from linvt_hf.training.feature_cache import FeatureCache, check_frozen
 from linvt_hf.training.labels import IGNORED, encode_conversation
+from linvt_hf.training.media import read_clip
 from linvt_hf.training.sources import Conversation, DataSource, read_records, read_source
 
 BASES = [*NAMED, *UNNAMED, "qwen3_vl"]
@@ -447,6 +449,23 @@ def test_templates_and_tokenizers_that_join(template, make_tokenizer):
     assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in sample["input_ids"]
 
 
+@pytest.mark.parametrize("written", [True, False])
+def test_one_token_begins_a_sample(written):
+    """Whether the template writes the first token or the tokenizer adds it."""
+    _, processor = wrapped("llava")
+    processor, tokenizer = deepcopy(processor), merging_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    begin = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=begin)
+    processor.tokenizer = tokenizer
+    processor.chat_template = ("<s>" if written else "") + _TEMPLATES["no space before"][0]
+    sample = encode_conversation(processor, turns("q?", "A b.", "r?", "B."), turns="all")
+    prompt = inference_prompt(processor, turns("q?"))["input_ids"]
+    assert sample["input_ids"][0].tolist().count(tokenizer.bos_token_id) == 1
+    assert torch.equal(sample["input_ids"][:, : prompt.shape[1]], prompt)
+    assert learned(processor, sample) == [" A b.</s>", " B.</s>"]
+
+
 def test_templates_that_cannot_be_learned():
     _, processor = wrapped("llava")
     processor = deepcopy(processor)
@@ -606,10 +625,19 @@ def test_when_nothing_can_be_read(media, tmp_path):
     _, processor = wrapped("llava")
     path = broken_sources(tmp_path, media)
     data = ChatDataset(read_source(DataSource(str(path)))[1:4], processor)
-    with pytest.raises(ValueError, match="None of 3 samples can be used; the first: .*broken.mkv"):
-        data[0]
-    with pytest.raises(ValueError, match="None of 3 samples can be used"):
+    for index in (0, 1):
+        with pytest.raises(ValueError, match="None of 3 samples can be used; the first: .*broken.mkv"):
+            data[index]
+
+
+def test_a_broken_video_is_read_once(media, tmp_path, monkeypatch):
+    _, processor = wrapped("llava")
+    data = ChatDataset([DataSource(str(broken_sources(tmp_path, media)))], processor)
+    tried = []
+    monkeypatch.setattr(dataset, "read_clip", lambda p, video: tried.append(video.path) or read_clip(p, video))
+    for _ in range(3):
         data[1]
+    assert tried == [str(tmp_path / "broken.mkv"), str(tmp_path / "no frames")]
 
 
 def test_bugs_are_not_skipped(media, monkeypatch):

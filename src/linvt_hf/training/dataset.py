@@ -81,7 +81,7 @@ class ChatDataset(Dataset):
         self._check_texts()
         self._texts: dict[tuple[int, int], BatchFeature] = {}
         self._reported: set[tuple] = set()
-        self._unusable: set[tuple[int, int]] = set()
+        self._unusable: dict[tuple[int, int], str] = {}  # and why
         self.set_epoch(0)
 
     def _ends(self, conversation: Conversation) -> list[int]:
@@ -119,19 +119,15 @@ class ChatDataset(Dataset):
         return len(self._order)
 
     def __getitem__(self, index: int) -> BatchFeature:
-        first = None
         for step in range(len(self)):
             sample = self._order[(index + step) % len(self)]
-            if sample in self._unusable:
-                continue
-            try:
-                return self._encode(*sample)
-            except SkippedSample as error:
-                self._unusable.add(sample)
-                self.report(self.conversations[sample[0]].origin, error)
-                first = first or error
-        reason = f"; the first: {first}" if first else ""
-        raise ValueError(f"None of {len(self)} samples can be used{reason}")
+            if sample not in self._unusable:
+                try:
+                    return self._encode(*sample)
+                except SkippedSample as error:
+                    self._unusable[sample] = str(error)
+                    self.report(self.conversations[sample[0]].origin, error)
+        raise ValueError(f"None of {len(self)} samples can be used; the first: {self._unusable[self._order[0]]}")
 
     def videos(self) -> Iterator[VideoInput]:
         """All videos of all conversations, each as often as it occurs."""

@@ -19,8 +19,8 @@ from ..image_llm import BASES
 from ..processing_linvt import LinVTProcessor
 
 IGNORED = -100
-# Entries with one value a token, and what an answer's tokens have there; token types differ between bases.
-_PER_TOKEN = {"attention_mask": 1, "token_type_ids": None, "mm_token_type_ids": 0}
+# Entries with one value a token, and what an answer's tokens have there, as far as bases agree.
+_PER_TOKEN = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
 
 
 def encode_conversation(
@@ -206,7 +206,7 @@ def _append(inputs: BatchFeature, answer: list[int], first_answer: int, token_ty
     inputs["input_ids"] = extend(inputs["input_ids"], answer)
     for name, value in _PER_TOKEN.items():
         if name in inputs:
-            inputs[name] = extend(inputs[name], [token_type if value is None else value] * len(answer))
+            inputs[name] = extend(inputs[name], [value] * len(answer))
     if token_type and "token_type_ids" in inputs:
         inputs["token_type_ids"][:, first_answer:] = token_type  # what is learned must not be read from behind
 
