@@ -766,6 +766,8 @@ def test_features_are_never_stale(media, tmp_path):
     processor.image_processor.image_mean = [0.4, 0.5, 0.5]
     assert computed() == 1
     assert computed(deepcopy(model).bfloat16()) == 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert [computed(), computed()] == [1, 0]
 
 
 def test_features_of_videos_in_memory():

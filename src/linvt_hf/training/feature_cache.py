@@ -7,7 +7,8 @@ them is most of the work. One pass before training stores them, T x N x D number
 tokens of width 3584 in bfloat16 are 59 MB.
 
 An entry is found by the video file's path, size and time of change, how it is sampled, and a fingerprint of the vision
-encoder, the projector and the image processor. If any of these changes, the entry is not found; it is never stale.
+encoder, the projector, the image processor and the precision. If any of these changes, the entry is not found; it is
+never stale.
 """
 
 import hashlib
@@ -213,7 +214,10 @@ def fingerprint(model: LinVTForConditionalGeneration, processor: LinVTProcessor)
     """Of all that decides a frame's visual tokens, but for the frame; reads all weights of the vision encoder once."""
     digest = hashlib.sha256()
     config = {k: v for k, v in model.base.config.to_dict().items() if k not in ("text_config", "_name_or_path")}
+    kind = model.base.device.type
+    autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
     settings = [config, processor.image_processor.to_dict(), processor.frame_kwargs, type(model.image_llm).__name__]
+    settings.append(autocast)
     digest.update(json.dumps([_FORMAT, transformers.__version__, *settings], sort_keys=True, default=str).encode())
     for name, value in _vision(model):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
