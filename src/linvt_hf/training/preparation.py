@@ -42,6 +42,9 @@ def load_model(settings: TrainingSettings, autocast: bool) -> tuple[LinVTForCond
         raise SettingsError(f"{name} holds {kind}, which have their settings; take linvt: out of the recipe.")
     if processor is None:
         raise SettingsError(f"{name} holds no processor; save it there with processor.save_pretrained.")
+    # What is trained on so many frames is asked with so many.
+    if settings.num_frames is not None or settings.fps is not None:
+        processor.num_frames, processor.fps = settings.num_frames, settings.fps
     return model, processor
 
 

@@ -6,15 +6,16 @@ Stage 1 learns LinVT alone, stage 2 LinVT and a LoRA on the language model; that
 """
 
 import dataclasses
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import yaml
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from ..modeling_linvt import LinVTForConditionalGeneration
 from ..processing_linvt import LinVTProcessor
@@ -32,7 +33,7 @@ _FREE = ("output", "resume", "workers", "log_every", "eval_every", "save_every",
 @dataclass
 class TrainingRun:
     """
-    model, processor: as they are after the last step, in evaluation mode.
+    model, processor: as they are after the last step, in evaluation mode; under FSDP2 still in shards.
     folder: adapters of the last step; `best` those of the lowest evaluation loss, if there was an evaluation.
     history: what was logged, in order, as dicts with `step`.
     skipped: videos and samples that could not be used, as dicts of `origin`, `path` and `reason`.
@@ -69,6 +70,7 @@ def train(
     processor: LinVTProcessor | None = None,
     data: Dataset | None = None,
     eval_data: Dataset | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> TrainingRun:
     """
@@ -77,6 +79,7 @@ def train(
     Args:
         model, processor: instead of loading `settings.model`. The model is changed in place.
         data, eval_data: instead of reading `settings.data`; samples as `ChatDataset` makes them.
+        callbacks: of `transformers.Trainer`, beside the run's own.
         say: told in a sentence what happens; only in the main process.
 
     Raises `SettingsError` (a `ValueError`) for settings that do not fit each other, the model or an earlier run.
@@ -102,7 +105,7 @@ def train(
         data = _dataset(settings, settings.data, processor, skipped, features)
     if eval_data is None and settings.eval_data:
         eval_data = _dataset(settings, settings.eval_data, processor, skipped, features)
-    if main:
+    if main and checkpoint is None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SETTINGS_FILE).write_text(yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True))
     trainer = LinVTTrainer(
@@ -114,7 +117,7 @@ def train(
         data_collator=processor.collate,
         train_dataset=data,
         eval_dataset=eval_data,
-        callbacks=[Report(folder / "tensorboard")],
+        callbacks=[Report(folder / "tensorboard"), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     if settings.feature_cache is not None:
@@ -151,6 +154,8 @@ def _arguments(settings: TrainingSettings, evaluates: bool) -> TrainingArguments
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup,
         max_grad_norm=settings.max_grad_norm,
+        # Only DeepSpeed wants to know; for all others LinVTTrainer does it.
+        bf16=os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and settings.bf16 is not False,
         seed=settings.seed,
         data_seed=settings.seed,
         logging_steps=settings.log_every,
