@@ -608,7 +608,7 @@ def test_broken_media_are_skipped(media, tmp_path, workers):
         loader = DataLoader(data, num_workers=workers, collate_fn=lambda samples: samples[0])
         for _ in range(2):
             answers.append([learned(processor, sample)[0].strip().removesuffix("</s>") for sample in loader])
-    assert answers == [["1", "5", "5", "5", "5"]] * 4  # the next that can be read
+    assert answers == [["1", "5", "1", "5", "5"]] * 4  # others, not all of them the same
     entries = read_skipped(skipped)
     assert sorted(entry["origin"] for entry in entries) == [f"{path}:{n}" for n in (2, 3, 4)]
     found = {os.path.basename(entry["path"]): entry["reason"] for entry in entries}
@@ -636,8 +636,36 @@ def test_a_broken_video_is_read_once(media, tmp_path, monkeypatch):
     tried = []
     monkeypatch.setattr(dataset, "read_clip", lambda p, video: tried.append(video.path) or read_clip(p, video))
     for _ in range(3):
-        data[1]
+        data[1], data[3]
     assert tried == [str(tmp_path / "broken.mkv"), str(tmp_path / "no frames")]
+
+
+def test_a_whole_folder_that_is_missing(tmp_path, caplog):
+    """What stands in for many broken samples is many others; and only the first few are named while it runs."""
+    _, processor = wrapped("llava")
+    records = [llava("What?", str(n), **({"video": "gone.mkv"} if 20 <= n < 50 else {})) for n in range(100)]
+    conversations = read_records(records, media=tmp_path, check_media=False)
+    data = ChatDataset(conversations, processor, skipped=tmp_path / "skipped.jsonl")
+    answers = [learned(processor, data[n])[0].strip() for n in range(100)]
+    assert [answers.count(f"{n}</s>") for n in range(20, 50)] == [0] * 30
+    assert max(answers.count(answer) for answer in answers) == 2
+    assert len(read_skipped(tmp_path / "skipped.jsonl")) == 30
+    assert sum("is skipped" in record.getMessage() for record in caplog.records) == dataset.WARNINGS
+    with pytest.raises(IndexError):
+        data[100]
+
+
+def test_conversations_are_packed(media):
+    clip = noise_video()
+    records = [llava("What?", "A.", video=str(media / "a.mkv")), llava("What?", "A.", video=clip)]
+    packed = read_records([*records, llava("What?", "Ü.", image={"bytes": b"1"})], num_frames=3)
+    first, second, third = packed
+    assert packed[0] == first and packed[0] is not first and packed[-1].messages == third.messages
+    assert packed[1].messages[0]["content"][0]["video"] is clip  # an array is not copied
+    assert [c.origin for c in packed[1:]] == ["records: record 2", "records: record 3"]
+    assert third.num_frames == 3 and third.messages[1]["content"][0]["text"] == "Ü."
+    with pytest.raises(IndexError):
+        packed[3]
 
 
 def test_bugs_are_not_skipped(media, monkeypatch):
@@ -654,7 +682,7 @@ def test_samples_that_are_too_long(tmp_path):
     conversations = [Conversation(turns("Say", "A" * n), f"file:{n}") for n in (5, 50, 6)]
     length = len(encode_conversation(processor, conversations[2].messages)["input_ids"][0])
     data = ChatDataset(conversations, processor, max_length=length, skipped=tmp_path / "skipped.jsonl")
-    assert [len(data[i]["input_ids"][0]) for i in range(3)] == [length - 1, length, length]
+    assert [len(data[i]["input_ids"][0]) for i in range(3)] == [length - 1, length - 1, length]
     reason = f"{length + 44} tokens, max_length {length}"
     assert read_skipped(tmp_path / "skipped.jsonl") == [{"origin": "file:50", "path": None, "reason": reason}]
     with pytest.raises(
@@ -792,7 +820,7 @@ def test_broken_videos_and_features(media, tmp_path):
     data = ChatDataset([DataSource(str(path))], processor, features=cache, skipped=tmp_path / "skipped")
     assert cache.fill(model, data, progress=False) == 1
     assert {entry["origin"] for entry in read_skipped(tmp_path / "skipped")} == {f"{path}:{n}" for n in (2, 4)}
-    assert [learned(processor, data[i])[0].strip()[0] for i in range(5)] == ["1", "5", "5", "5", "5"]
+    assert [learned(processor, data[i])[0].strip()[0] for i in range(5)] == ["1", "5", "1", "5", "5"]
     assert len(read_skipped(tmp_path / "skipped")) == 3
     os.remove(tmp_path / "broken.mkv")
     assert cache.fill(model, data, progress=False) == 0

@@ -1,16 +1,17 @@
 """
 ChatDataset: conversations to labelled samples, one at a time.
 
-A sample whose video or image cannot be read, or that is too long, is replaced by the next that can be used, so that
+A sample whose video or image cannot be read, or that is too long, is replaced by another that can be used, so that
 one broken file among thousands ends no run; each is written down in the `skipped` file.
 """
 
 import json
+import math
 import os
-import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from torch.utils.data import Dataset
 from transformers import BatchFeature
 from transformers.utils import logging
@@ -19,9 +20,11 @@ from ..processing_linvt import LinVTProcessor
 from .feature_cache import FeatureCache
 from .labels import encode_text
 from .media import SkippedSample, VideoInput, open_image, read_clip
-from .sources import Conversation, DataSource, check_sampling, read_source
+from .sources import Conversation, Conversations, DataSource, check_sampling, read_source
 
 logger = logging.get_logger(__name__)
+
+WARNINGS = 5  # skipped samples that a process names at once; all are in the file
 
 
 class ChatDataset(Dataset):
@@ -45,7 +48,7 @@ class ChatDataset(Dataset):
 
     def __init__(
         self,
-        sources: list[DataSource] | list[Conversation],
+        sources: Sequence[DataSource] | Sequence[Conversation],
         processor: LinVTProcessor,
         *,
         num_frames: int | None = None,
@@ -66,86 +69,105 @@ class ChatDataset(Dataset):
         self.skipped = None if skipped is None else Path(skipped)
         self.features = features
         self.seed = seed
-        self.conversations: list[Conversation] = []
-        self._groups: list[tuple[list[tuple[int, int]], float]] = []  # samples of each source and its weight
-        loose = [source for source in sources if isinstance(source, Conversation)]
+        self._texts: dict[int, BatchFeature] = {}
+        self._reported: set[tuple] = set()
+        self._unusable: dict[int, str] = {}  # and why
+        self._read(sources)
+        self.set_epoch(0)
+
+    def _read(self, sources: Sequence[DataSource] | Sequence[Conversation]) -> None:
+        """All sources, and which samples they make; numbers in arrays, since there may be millions."""
+        loose = Conversations(source for source in sources if isinstance(source, Conversation))
         groups = [(loose, 1.0)] if loose else []
         groups += [(read_source(source), source.weight) for source in sources if isinstance(source, DataSource)]
-        for conversations, weight in groups:
-            start = len(self.conversations)
-            self.conversations += conversations
-            samples = [(start + i, n) for i, c in enumerate(conversations) for n in self._ends(c)]
-            self._groups.append((samples, weight))
-        if not self.conversations:
+        if not groups:
             raise ValueError("There is nothing to train on: give at least one source of data.")
-        self._check_texts()
-        self._texts: dict[tuple[int, int], BatchFeature] = {}
-        self._reported: set[tuple] = set()
-        self._unusable: dict[tuple[int, int], str] = {}  # and why
-        self.set_epoch(0)
+        self._conversations = [conversations for conversations, _ in groups]
+        self._groups: list[tuple[int, int, float]] = []  # first sample of a source, the one after its last, its weight
+        rows: list[np.ndarray] = []
+        marks, start = self._marks(), 0
+        for number, (conversations, weight) in enumerate(groups):
+            places = []
+            for index, conversation in enumerate(conversations):
+                _check_texts(conversation, marks)
+                places += [(number, index, end) for end in self._ends(conversation)]
+            rows.append(np.array(places, dtype=np.int32))
+            self._groups.append((start, start + len(places), weight))
+            start += len(places)
+        self._samples = np.concatenate(rows)  # [samples, 3]: source, conversation, turns
 
     def _ends(self, conversation: Conversation) -> list[int]:
         """After how many turns each sample of a conversation ends."""
         answers = [n for n, turn in enumerate(conversation.messages, 1) if turn["role"] == "assistant"]
         return answers if self.turns == "each" else answers[-1:]
 
-    def _check_texts(self) -> None:
-        """Words that the tokenizer takes for a video or an image would ask for one that is not there."""
+    def _marks(self) -> set[str]:
+        """Words that the tokenizer takes for a video or an image."""
         tokenizer = self.processor.tokenizer
         images = {getattr(tokenizer, "image_token", None), getattr(tokenizer, "boi_token", None), "<image>"}
-        marks = {self.processor.video_token, *images & {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}}
-        for conversation in self.conversations:
-            for turn in conversation.messages:
-                for block in turn["content"]:
-                    found = [m for m in marks if block["type"] == "text" and m in block["text"]]
-                    if found:
-                        raise ValueError(
-                            f"{conversation.origin}: a text holds {found[0]}, which this model reads as a place for "
-                            "pixels; take it out, or make it a block of its own."
-                        )
+        return {self.processor.video_token, *images & {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}}
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses which samples of sources with a fractional weight are used; their number stays the same."""
         self.epoch = epoch
-        self._order: list[tuple[int, int]] = []
-        for number, (samples, weight) in enumerate(self._groups):
+        order: list[np.ndarray] = []
+        for number, (start, stop, weight) in enumerate(self._groups):
+            samples = np.arange(start, stop, dtype=np.int32)
             whole, part = int(weight), weight - int(weight)
-            chosen = random.Random(f"{self.seed} {epoch} {number}").sample(samples, round(part * len(samples)))
-            self._order += samples * whole + chosen
-        if not self._order:
+            mixed = np.random.default_rng([self.seed, epoch, number]).permutation(samples)
+            order += [np.tile(samples, whole), mixed[: round(part * len(samples))]]
+        self._order = np.concatenate(order)
+        if not len(self):
             raise ValueError("There is nothing to train on: the weights of the sources leave no record.")
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __getitem__(self, index: int) -> BatchFeature:
-        for step in range(len(self)):
-            sample = self._order[(index + step) % len(self)]
+        for place in self._instead(range(len(self))[index]):
+            sample = int(self._order[place])
             if sample not in self._unusable:
                 try:
-                    return self._encode(*sample)
+                    return self._encode(sample)
                 except SkippedSample as error:
                     self._unusable[sample] = str(error)
-                    self.report(self.conversations[sample[0]].origin, error)
-        raise ValueError(f"None of {len(self)} samples can be used; the first: {self._unusable[self._order[0]]}")
+                    self.report(self._conversation(sample)[0].origin, error)
+        first = self._unusable[int(self._order[0])]
+        raise ValueError(f"None of {len(self)} samples can be used; the first: {first}")
+
+    def _instead(self, index: int) -> Iterator[int]:
+        """
+        `index`, and what stands in for it if it cannot be used: all others, in wide strides. The one beside it would
+        often be as broken, where a whole folder is, and would stand in for that whole folder.
+        """
+        stride = max(1, round(0.618 * len(self)))
+        while math.gcd(stride, len(self)) > 1:
+            stride += 1
+        return ((index + step * stride) % len(self) for step in range(len(self)))
+
+    def _conversation(self, sample: int) -> tuple[Conversation, int]:
+        """The conversation of a sample, and after how many of its turns the sample ends."""
+        source, index, end = self._samples[sample].tolist()
+        return self._conversations[source][index], end
 
     def videos(self) -> Iterator[VideoInput]:
         """All videos of all conversations, each as often as it occurs."""
-        for conversation in self.conversations:
-            yield from self._videos(conversation, conversation.messages)
+        for conversations in self._conversations:
+            for conversation in conversations:
+                yield from self._videos(conversation, conversation.messages)
 
     # ---- one sample ----
 
-    def _encode(self, number: int, end: int) -> BatchFeature:
-        conversation = self.conversations[number]
+    def _encode(self, sample: int) -> BatchFeature:
+        conversation, end = self._conversation(sample)
         messages = conversation.messages[:end]
         videos = self._videos(conversation, messages)
         keep = self.features is not None and self.features.memory
-        inputs = self._texts.get((number, end)) if keep else None
+        inputs = self._texts.get(sample) if keep else None
         if inputs is None:
             inputs, plain = self._text(conversation, messages)
             if keep and plain:
-                self._texts[number, end] = inputs
+                self._texts[sample] = inputs
         length = inputs["input_ids"].shape[1]
         if self.max_length is not None and length > self.max_length:
             raise SkippedSample(f"{length} tokens, max_length {self.max_length}")
@@ -188,7 +210,8 @@ class ChatDataset(Dataset):
         if tuple(entry.values()) in self._reported:
             return
         self._reported.add(tuple(entry.values()))
-        logger.warning(f"{origin} is skipped: {error}")
+        if self.skipped is None or len(self._reported) <= WARNINGS:
+            logger.warning(f"{origin} is skipped: {error}")
         if self.skipped is not None:
             self.skipped.parent.mkdir(parents=True, exist_ok=True)
             # One write to a file opened for appending: processes do not tear each other's lines.
@@ -197,6 +220,18 @@ class ChatDataset(Dataset):
                 os.write(file, (json.dumps(entry) + "\n").encode())
             finally:
                 os.close(file)
+
+
+def _check_texts(conversation: Conversation, marks: set[str]) -> None:
+    """Words that the tokenizer takes for a video or an image would ask for one that is not there."""
+    for turn in conversation.messages:
+        for block in turn["content"]:
+            found = [mark for mark in marks if mark in block["text"]] if block["type"] == "text" else []
+            if found:
+                raise ValueError(
+                    f"{conversation.origin}: a text holds {found[0]}, which this model reads as a place for "
+                    "pixels; take it out, or make it a block of its own."
+                )
 
 
 def read_skipped(path: str | Path) -> list[dict]:

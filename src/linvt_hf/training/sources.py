@@ -7,8 +7,10 @@ made.
 """
 
 import json
+import pickle
 import re
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,48 @@ class DataSource:
         check_sampling(self.num_frames, self.fps, f"{self.path}: ")
 
 
-def read_source(source: DataSource) -> list[Conversation]:
+class Conversations(Sequence):
+    """
+    Conversations, packed into one piece of memory and made anew whenever one is asked for.
+
+    As objects, millions of them take several times as much, and that once more in each of a data loader's processes:
+    looking at an object writes to it (its count of references), so its memory does not stay shared.
+    """
+
+    def __init__(self, conversations: Iterable[Conversation] = ()):
+        self._packed = bytearray()
+        self._starts = array("Q", [0])
+        self._objects: dict[int, Conversation] = {}
+        for conversation in conversations:
+            self.append(conversation)
+
+    def append(self, conversation: Conversation) -> None:
+        if _only_names(conversation):
+            values = conversation.messages, conversation.origin, conversation.num_frames, conversation.fps
+            self._packed += pickle.dumps(values, pickle.HIGHEST_PROTOCOL)
+        else:  # videos in memory stay the objects they are: they are large, and a feature cache knows them by identity
+            self._objects[len(self)] = conversation
+        self._starts.append(len(self._packed))
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        if index in self._objects:
+            return self._objects[index]
+        return Conversation(*pickle.loads(self._packed[self._starts[index] : self._starts[index + 1]]))
+
+
+def _only_names(conversation: Conversation) -> bool:
+    """Whether videos and images are paths and URLs, or lists of them."""
+    shown = [block[block["type"]] for message in conversation.messages for block in message["content"]]
+    return all(isinstance(part, str) for value in shown for part in (value if isinstance(value, list) else [value]))
+
+
+def read_source(source: DataSource) -> Conversations:
     """
     All conversations of a source.
 
@@ -70,10 +113,7 @@ def read_source(source: DataSource) -> list[Conversation]:
             "of datasets.save_to_disk."
         )
     media = Path(source.media) if source.media else path if path.is_dir() else path.parent
-    conversations = _conversations(records, media, source.check_media, source.num_frames, source.fps)
-    if not conversations:
-        raise ValueError(f"{source.path} holds no records.")
-    return conversations
+    return _conversations(records, source.path, media, source.check_media, source.num_frames, source.fps)
 
 
 def read_records(
@@ -84,7 +124,7 @@ def read_records(
     check_media: bool = True,
     num_frames: int | None = None,
     fps: float | None = None,
-) -> list[Conversation]:
+) -> Conversations:
     """
     Conversations of records that are in memory already: dicts in any of the layouts, or a `datasets.Dataset`. Videos
     and images may then be arrays and pictures as well as paths. Raises what `read_source` raises, by `name`.
@@ -93,10 +133,7 @@ def read_records(
     if hasattr(records, "with_format"):
         records = _rows(records)
     numbered = ((f"{name}: record {number}", record) for number, record in enumerate(records, 1))
-    conversations = _conversations(numbered, Path(media), check_media, num_frames, fps)
-    if not conversations:
-        raise ValueError(f"{name} holds no records.")
-    return conversations
+    return _conversations(numbered, name, Path(media), check_media, num_frames, fps)
 
 
 def check_sampling(num_frames: int | None, fps: float | None, where: str = "") -> None:
@@ -184,12 +221,16 @@ def _rows(dataset) -> Iterator[dict]:
         yield from table.to_pylist()
 
 
-def _conversations(records, media: Path, check_media: bool, num_frames, fps) -> list[Conversation]:
+def _conversations(records, name: str, media: Path, check_media: bool, num_frames, fps) -> Conversations:
     find = MediaFinder(media, check_media)
-    found = [conversation_of(record, origin, find) for origin, record in records]
-    for conversation in found:
+    found = Conversations()
+    for origin, record in records:
+        conversation = conversation_of(record, origin, find)
         conversation.num_frames, conversation.fps = num_frames, fps
+        found.append(conversation)
+    if not found:
+        raise ValueError(f"{name} holds no records.")
     return found
 
 
-__all__ = ["Conversation", "DataSource", "check_sampling", "read_records", "read_source"]
+__all__ = ["Conversation", "Conversations", "DataSource", "check_sampling", "read_records", "read_source"]
