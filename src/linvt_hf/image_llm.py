@@ -35,6 +35,8 @@ class ImageLLM:
     spare_tokens: tuple[str, ...] = ()
     # The token type of an answer, for bases whose attention depends on token types.
     answer_token_type: int = 0
+    # What its module between vision encoder and language model may be called, for training it.
+    projectors: tuple[str, ...] = ("multi_modal_projector", "merger", "connector", "resampler")
     # What of the base's own way with images a video has to do without, as a sentence for a warning.
     lost: str | None = None
 

@@ -65,6 +65,7 @@ class LinVTProcessor(ProcessorMixin):
         frame_kwargs: arguments of `image_processor` for a video's frames.
         frame_inputs: what of its output, beside the pixels, the base's vision encoder needs.
         token_types: whether the base's attention depends on `token_type_ids`; a prompt without images is of type 0.
+        answer_token_type: then the type of an answer that is learned.
     """
 
     _auto_class = "AutoProcessor"
@@ -82,6 +83,7 @@ class LinVTProcessor(ProcessorMixin):
         frame_kwargs: dict | None = None,
         frame_inputs: list[str] | None = None,
         token_types: bool = False,
+        answer_token_type: int = 0,
     ):
         self.base_processor = base_processor
         self.video_token = video_token
@@ -94,6 +96,7 @@ class LinVTProcessor(ProcessorMixin):
         self.frame_kwargs = frame_kwargs or {}
         self.frame_inputs = list(frame_inputs or [])
         self.token_types = token_types
+        self.answer_token_type = answer_token_type
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(

@@ -121,6 +121,7 @@ def wrap(
         frame_kwargs={**image_llm.frame_kwargs, **(frame_kwargs or {})},
         frame_inputs=_frame_inputs(image_llm, model, image_processor),
         token_types="token_type_ids" in inspect.signature(model.forward).parameters,
+        answer_token_type=image_llm.answer_token_type,
     )
 
 

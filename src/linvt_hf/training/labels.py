@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from ..image_llm import BASES
 from ..processing_linvt import LinVTProcessor
 
 IGNORED = -100
@@ -81,22 +79,13 @@ def encode_text(processor: LinVTProcessor, messages: list[dict], turns: str = "e
             labels[len(earlier) : end] = answer
             first = min(first, len(earlier))
     answer = _answer_ids(processor, messages[: answers[-1] + 1], text)
-    _append(inputs, answer, first, answer_token_type(processor))
+    _append(inputs, answer, first, processor.answer_token_type)
     inputs["labels"] = torch.tensor([labels + answer])  # also instead of any that the base's processor gave
     if question := _question(prompt, turns):
         count = sum(block["type"] == "video" for message in prompt for block in message["content"])
         if count:
             inputs.update(processor._questions([""], [question], [count], count))
     return inputs
-
-
-def answer_token_type(processor: LinVTProcessor) -> int:
-    """The token type of an answer for this processor's base, see `ImageLLM.answer_token_type`."""
-    name = (processor.base_processor or {}).get("processor_class")
-    types = {
-        base.answer_token_type for kind, base in BASES.items() if name and PROCESSOR_MAPPING_NAMES.get(kind) == name
-    }
-    return max(types, default=0)
 
 
 # ---- the prompt, as inference has it ----
@@ -211,4 +200,4 @@ def _append(inputs: BatchFeature, answer: list[int], first_answer: int, token_ty
         inputs["token_type_ids"][:, first_answer:] = token_type  # what is learned must not be read from behind
 
 
-__all__ = ["IGNORED", "answer_token_type", "encode_conversation", "encode_text"]
+__all__ = ["IGNORED", "encode_conversation", "encode_text"]
