@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import sys
 
 import pytest
 import torch
@@ -123,12 +125,42 @@ def test_the_base_may_be_given(tmp_path):
     save_adapter(model, tmp_path, processor)
     assert json.loads((tmp_path / ADAPTER_FILE).read_text())["base_model"] == "gone/away"
     assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "abc123"
-    with pytest.raises(OSError, match="gone/away, is neither a folder here nor on the Hub; pass base="):
+    with pytest.raises(OSError, match="gone/away, is neither a folder here nor on the Hub; pass base= "):
         load_adapter(tmp_path)
     whole = tmp_path / "whole"
     copy.deepcopy(wrapped("qwen2_vl")[0]).save_pretrained(whole)
     for base in (base_folder("qwen2_vl"), whole, AutoModelForImageTextToText.from_pretrained(base_folder("qwen2_vl"))):
         assert torch.equal(logits(load_adapter(tmp_path, base)[0], inputs), expected)
+
+
+def test_a_local_base_is_named_as_seen_from_the_adapters(tmp_path):
+    """So both can move together, and who gets the adapters alone learns nothing of the machine they were made on."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    model, processor = copy.deepcopy(wrapped("qwen2_vl"))
+    model.save_pretrained(here / "models" / "whole", processor=processor)
+    model = LinVTForConditionalGeneration.from_pretrained(here / "models" / "whole")
+    add_lora(model, rank=4)
+    save_adapter(model, here / "runs" / "1", processor)
+    content = json.loads((here / "runs" / "1" / ADAPTER_FILE).read_text())
+    assert content["base_model"] is None and content["local_base"] == "../../models/whole"
+    for file in (here / "runs" / "1").iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), file.name
+        assert os.environ["HF_HOME"].encode() not in file.read_bytes(), file.name
+    here.rename(there)
+    inputs = encode(processor, chat(noise_video(), "What moves?"))
+    assert torch.equal(logits(load_adapter(there / "runs" / "1")[0], inputs), logits(model, inputs))
+    (there / "runs" / "1").rename(tmp_path / "alone")
+    with pytest.raises(OSError, match="neither a folder here nor on the Hub; pass base= "):
+        load_adapter(tmp_path / "alone")
+    load_adapter(tmp_path / "alone", there / "models" / "whole")
+
+
+def test_a_lora_without_peft(tmp_path, monkeypatch):
+    save_adapter(trained("qwen2_vl")[0], tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for use in (lambda: load_adapter(tmp_path), lambda: add_lora(copy.deepcopy(wrapped("qwen2_vl")[0]))):
+        with pytest.raises(ImportError, match=r"A LoRA needs peft: pip install 'linvt_hf\[train\]'"):
+            use()
 
 
 def test_half_precision(tmp_path):
@@ -183,18 +215,22 @@ def test_no_broken_folder(tmp_path):
 
 
 def test_the_names_of_projectors():
-    for name in NAMED:
+    for name in [*NAMED, *UNNAMED]:
         model, _ = wrapped(name)
         inside = {id(module) for module in model.base.get_decoder().modules()}
-        for path in projector_modules(model.base):
-            assert id(model.base.get_submodule(path)) not in inside
+        (path,) = projector_modules(model.base)
+        assert id(model.base.get_submodule(path)) not in inside
+    model = copy.deepcopy(wrapped("mipha")[0])
+    model.base.model.multi_modal_projector, model.base.model.bridge = None, model.base.model.multi_modal_projector
+    with pytest.raises(ValueError, match="has no module called multi_modal_projector or .*; take train_projector out"):
+        projector_modules(model.base)
 
 
 def test_merged_weights_have_no_name(tmp_path):
     """Adapters trained on merged weights must not say that they fit the base those were made from."""
     model = merge(trained("internvl_qwen2")[0])
     save_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match="does not name its base; pass base="):
+    with pytest.raises(ValueError, match="does not name its base; pass base= "):
         load_adapter(tmp_path)
 
 

@@ -6,11 +6,13 @@ puts them together again; `save_merged` makes one ordinary LinVT model of them. 
 
     linvt.safetensors           the video tokenizer and, if it was trained, the projector, under the model's own names
     adapter_model.safetensors, adapter_config.json    the LoRA as PEFT writes it for the image-LLM alone
-    linvt_adapter.json          which base, and which of its modules were trained
+    linvt_adapter.json          which base (on the Hub, or where it lies from this folder), and which of its modules
+                                were trained
     config.json, generation_config.json, the processor's files, README.md
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ from ..conversion.wrap import load_image_llm
 from ..model_card import model_card
 from ..modeling_linvt import LinVTForConditionalGeneration
 from ..processing_linvt import LinVTProcessor
-from .adapters import ADAPTER, add_projector, inject_lora, merge
+from .adapters import ADAPTER, add_projector, inject_lora, lora_config, merge
 from .card import adapter_card
 
 ADAPTER_FILE = "linvt_adapter.json"
@@ -33,9 +35,9 @@ LORA_FILE, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."  # what PEFT puts before the image-LLM's own names
 
 
-def is_adapter(folder: str | Path) -> bool:
+def is_adapter(folder: str | Path, revision: str | None = None) -> bool:
     """Whether a folder or a repo of the Hub holds adapters rather than a whole model."""
-    return _find(folder, ADAPTER_FILE) is not None
+    return _find(folder, ADAPTER_FILE, revision) is not None
 
 
 def trained_tensors(model: LinVTForConditionalGeneration) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -71,7 +73,7 @@ def save_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     linvt, lora = trained_tensors(model) if tensors is None else tensors
-    base = _origin(model)
+    base = _origin(model, folder)
     save_file(linvt, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if lora:
         save_file(lora, folder / LORA_FILE, metadata={"format": "pt"})
@@ -98,7 +100,9 @@ def save_adapter(
     (folder / "README.md").write_text(adapter_card(model.config, base, bool(lora), training), encoding="utf-8")
 
 
-def save_merged(model, processor, adapter: str | Path, folder: Path) -> None:
+def save_merged(
+    model: LinVTForConditionalGeneration, processor: LinVTProcessor | None, adapter: str | Path, folder: Path
+) -> None:
     """Merges a model that `load_adapter` gave and writes it as a whole, its card with the adapter's training."""
     training = json.loads(_need(adapter, ADAPTER_FILE).read_text(encoding="utf-8"))["training"]
     merge(model)
@@ -112,6 +116,7 @@ def load_adapter(
     folder: str | Path,
     base: PreTrainedModel | str | Path | None = None,
     *,
+    revision: str | None = None,
     trainable: bool = False,
     **model_kwargs,
 ) -> tuple[LinVTForConditionalGeneration, LinVTProcessor | None]:
@@ -120,49 +125,49 @@ def load_adapter(
 
     Args:
         base: the image-LLM or LinVT model to use, itself or where it is; by default the one the folder names.
+        revision: of the folder, if it is a repo of the Hub. That of the base is the folder's to say.
         trainable: keep LinVT in the dtype it was saved in, to go on training; else it takes the base's.
         model_kwargs: for the base's `from_pretrained`, e.g. `dtype` or `device_map`.
 
     Raises `ValueError` naming each tensor that is missing, unexpected or of another shape.
     """
-    content = json.loads(_need(folder, ADAPTER_FILE).read_text(encoding="utf-8"))
-    saved = LinVTConfig.from_pretrained(folder)
+    content = json.loads(_need(folder, ADAPTER_FILE, revision).read_text(encoding="utf-8"))
+    saved = LinVTConfig.from_pretrained(folder, revision=revision)
     image_llm, origin = _base(base, content, folder, model_kwargs)
     fields = {name: getattr(saved, name) for name in LinVTConfig.__annotations__ if hasattr(saved, name)}
     for name in ("base_config", "hidden_size"):
         fields.pop(name, None)
     model = LinVTForConditionalGeneration.from_image_llm(image_llm, **fields)
     model.name_or_path = origin or ""
-    model.generation_config = GenerationConfig.from_pretrained(folder)
-    if _find(folder, LORA_CONFIG) is not None:
-        from peft import LoraConfig
-
-        settings = LoraConfig(**json.loads(_need(folder, LORA_CONFIG).read_text(encoding="utf-8")))
+    model.generation_config = GenerationConfig.from_pretrained(folder, revision=revision)
+    if (file := _find(folder, LORA_CONFIG, revision)) is not None:
+        settings = lora_config().from_pretrained(str(file.parent))
         settings.inference_mode = not trainable
         inject_lora(model, settings)
     if content["projector"]:
         add_projector(model, content["projector"])
     if trainable:
         model.video_tokenizer.float()
-    load_weights(model, folder)
-    has_processor = _find(folder, "processor_config.json") is not None
-    return model.eval(), LinVTProcessor.from_pretrained(folder) if has_processor else None
+    load_weights(model, folder, revision)
+    if _find(folder, "processor_config.json", revision) is None:
+        return model.eval(), None
+    return model.eval(), LinVTProcessor.from_pretrained(folder, revision=revision)
 
 
 @torch.no_grad()
-def load_weights(model: LinVTForConditionalGeneration, folder: str | Path) -> None:
+def load_weights(model: LinVTForConditionalGeneration, folder: str | Path, revision: str | None = None) -> None:
     """
     Puts a folder's tensors into a model that has a place for each. Parameters may be sharded (then every process
     calls this). Raises `ValueError` naming each that is missing, unexpected or of another shape.
     """
-    found = load_file(_need(folder, WEIGHTS_FILE))
+    found = load_file(_need(folder, WEIGHTS_FILE, revision))
     places = {
         f"{prefix}.{name}": value
         for prefix in ("video_tokenizer", *model.trained_projector)
         for name, value in model.get_submodule(prefix).state_dict().items()
     }
-    if _find(folder, LORA_FILE) is not None:
-        found.update(load_file(_need(folder, LORA_FILE)))
+    if (file := _find(folder, LORA_FILE, revision)) is not None:
+        found.update(load_file(file))
     places.update({_lora_key(name): value for name, value in _lora_parameters(model).items()})
     problems = {
         "missing": sorted(places.keys() - found.keys()),
@@ -187,9 +192,11 @@ def _base(base, content: dict, folder, model_kwargs: dict) -> tuple[PreTrainedMo
         return base.base, base.name_or_path
     if isinstance(base, PreTrainedModel):
         return base, None
-    name = content["base_model"] if base is None else str(base)
+    name = str(base or content["base_model"] or "")
+    if not name and content.get("local_base"):
+        name = os.path.normpath(Path(folder) / content["local_base"])
     if not name:
-        raise ValueError(f"{folder} does not name its base; pass base=, the image-LLM it was trained on.")
+        raise ValueError(f"{folder} does not name its base; pass base= (--base), the image-LLM it was trained on.")
     if base is None and content["revision"]:
         model_kwargs = {"revision": content["revision"], **model_kwargs}
     model_kwargs.setdefault("dtype", "auto")
@@ -197,20 +204,27 @@ def _base(base, content: dict, folder, model_kwargs: dict) -> tuple[PreTrainedMo
         config = AutoConfig.from_pretrained(name, revision=model_kwargs.get("revision"))
     except OSError as error:
         raise OSError(
-            f"The base of {folder}, {name}, is neither a folder here nor on the Hub; pass base=, where it is now."
+            f"The base of {folder}, {name}, is neither a folder here nor on the Hub; pass base= (--base), where it is "
+            "now."
         ) from error
     if config.model_type == LinVTConfig.model_type:
         return LinVTForConditionalGeneration.from_pretrained(name, **model_kwargs).base, name
     return load_image_llm(name, **model_kwargs), None
 
 
-def _origin(model: LinVTForConditionalGeneration) -> dict:
-    """Where the base came from: the LinVT model that was loaded, or the image-LLM that was wrapped."""
+def _origin(model: LinVTForConditionalGeneration, folder: Path) -> dict:
+    """
+    Where the base came from: the LinVT model that was loaded, or the image-LLM that was wrapped.
+
+    A base that lies here is named as seen from the adapters' folder: both can move together, and nothing of this
+    machine is told to those who get the adapters alone.
+    """
     source = model if model.name_or_path else model.base
     name = source.name_or_path
-    if name and not is_hub_id(name):
-        name = str(Path(name).resolve())
-    return {"base_model": name, "revision": getattr(source.config, "_commit_hash", None)}
+    if not name or is_hub_id(name):
+        return {"base_model": name or None, "revision": getattr(source.config, "_commit_hash", None)}
+    local = Path(os.path.relpath(Path(name).resolve(), folder.resolve())).as_posix()
+    return {"base_model": None, "revision": None, "local_base": local}
 
 
 def _lora_parameters(model) -> dict[str, Tensor]:
@@ -227,19 +241,23 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.cpu().contiguous()
 
 
-def _find(folder: str | Path, name: str) -> Path | None:
+def _find(folder: str | Path, name: str, revision: str | None = None) -> Path | None:
     if Path(folder).is_dir():
         return Path(folder) / name if (Path(folder) / name).is_file() else None
     if not is_hub_id(str(folder)):
         return None
     found = cached_file(
-        str(folder), name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        str(folder),
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
     )
     return Path(found) if found else None
 
 
-def _need(folder: str | Path, name: str) -> Path:
-    found = _find(folder, name)
+def _need(folder: str | Path, name: str, revision: str | None = None) -> Path:
+    found = _find(folder, name, revision)
     if found is None:
         raise ValueError(
             f"{folder} has no {name}, so it holds no adapters of LinVT; a whole model loads as any other."

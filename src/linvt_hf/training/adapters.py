@@ -8,16 +8,19 @@ The LoRA is injected in place, so the class stays `LinVTForConditionalGeneration
 import contextlib
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..image_llm import image_llm_of
 from ..modeling_linvt import LinVTForConditionalGeneration
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 ADAPTER = "default"  # PEFT's name for the one adapter there is
-# What the bases call the module between vision encoder and language model.
-PROJECTORS = ("multi_modal_projector", "merger", "connector", "resampler", "image_projector", "image_pooling_2d")
 
 
 # ---- which of a base's modules ----
@@ -43,6 +46,7 @@ def lora_targets(base: PreTrainedModel, names: list[str] | None = None) -> str:
     """
     path, blocks = language_model_blocks(base)
     linear = {name for block in blocks for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name.removesuffix(".base_layer") for name in linear if ".lora_" not in name}  # a LoRA may be there
     if names is not None:
         known = {name.rpartition(".")[2] for name in linear}
         if unknown := sorted(set(names) - known):
@@ -56,13 +60,22 @@ def lora_targets(base: PreTrainedModel, names: list[str] | None = None) -> str:
 
 def projector_modules(base: PreTrainedModel) -> tuple[str, ...]:
     """Names, in the base, of what lies between its vision encoder and its language model."""
-    names = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in PROJECTORS]
+    known = image_llm_of(base.config).projectors
+    names = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in known]
     if not names:
-        raise ValueError(f"{type(base).__name__} has no projector under a known name; train_projector cannot be on.")
+        raise ValueError(
+            f"{type(base).__name__} has no module called {' or '.join(known)}, so its projector is not known; take "
+            "train_projector out."
+        )
     return tuple(names)
 
 
 # ---- adding and removing ----
+
+
+def part_of(name: str) -> str:
+    """Which of what can learn a parameter of a LinVT model belongs to, by its name."""
+    return "LoRA" if ".lora_" in name else "projector" if name.startswith("base.") else "LinVT"
 
 
 def has_lora(model: LinVTForConditionalGeneration) -> bool:
@@ -78,15 +91,21 @@ def add_lora(
     targets: list[str] | None = None,
 ) -> None:
     """A fresh LoRA, which changes nothing yet, on the base's language model. Everything else of the base is frozen."""
-    from peft import LoraConfig
-
-    settings = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(model.base, targets)
-    )
-    inject_lora(model, settings)
+    targets = lora_targets(model.base, targets)
+    inject_lora(model, lora_config()(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
 
 
-def inject_lora(model, settings) -> None:
+def lora_config() -> type["LoraConfig"]:
+    """PEFT's class, asked for only where a LoRA is: models without one do without PEFT."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("A LoRA needs peft: pip install 'linvt_hf[train]'.") from error
+    return LoraConfig
+
+
+def inject_lora(model: LinVTForConditionalGeneration, settings: "LoraConfig") -> None:
+    """Puts a LoRA with PEFT's settings on the base, in float32."""
     if has_lora(model):
         raise ValueError("The model has a LoRA already; merge(model) first.")
     model.base.add_adapter(settings, adapter_name=ADAPTER)
@@ -156,4 +175,16 @@ def merge(model: LinVTForConditionalGeneration) -> LinVTForConditionalGeneration
     return model.requires_grad_(True)
 
 
-__all__ = ["adapters_off", "add_lora", "add_projector", "has_lora", "inject_lora", "language_model_blocks", "merge"]
+__all__ = [
+    "adapters_off",
+    "add_lora",
+    "add_projector",
+    "has_lora",
+    "inject_lora",
+    "language_model_blocks",
+    "lora_config",
+    "lora_targets",
+    "merge",
+    "part_of",
+    "projector_modules",
+]

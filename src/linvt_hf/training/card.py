@@ -1,5 +1,6 @@
 """Model cards of trained models: what a run was made of, as Markdown with the Hub's metadata."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..configuration_linvt import is_hub_id
@@ -20,8 +21,8 @@ tags:
 # LinVT adapters for {base}
 
 The trained parts of a LinVT model ([arXiv 2412.05185](https://arxiv.org/abs/2412.05185)), which lets an image-LLM read
-videos: {parts}. The image-LLM itself is not in here{named}. Needs the package
-`linvt_hf`:
+videos: {parts}. The image-LLM itself is not in here{named}.
+Needs the package `linvt_hf`:
 
 ```python
 from linvt_hf.training import load_adapter, merge
@@ -42,17 +43,19 @@ linvt merge path/to/this/folder whole-model
 
 
 def adapter_card(config, origin: dict, lora: bool, training: str | None) -> str:
-    """The card of a folder of adapters. `origin`: its base's name (a Hub id, a path, or nothing) and revision."""
-    named = origin["base_model"] or ""
-    hub = next((name for name in (named, config.base_config.name_or_path) if is_hub_id(name)), None)
-    lines = f"base_model: {hub}\nbase_model_relation: adapter\n" if hub else ""
+    """The card of a folder of adapters. `origin`: its base's name on the Hub, if it has one, and revision."""
+    hub, made_from = origin["base_model"], config.base_config.name_or_path
     revision = f" (revision `{origin['revision']}`)" if origin["revision"] else ""
+    named = f"; it is `{hub}`{revision}" if hub else ""
+    if not hub and is_hub_id(made_from):
+        hub, named = made_from, f"; it is, or was made from, `{made_from}`"
+    lines = f"base_model: {hub}\nbase_model_relation: adapter\n" if hub else ""
     return CARD.format(
         base=hub or config.base_config.model_type,
         base_lines=lines,
         lora_tag="- lora\n" if lora else "",
         parts="the video tokenizer" + (" and a LoRA on its language model" if lora else ""),
-        named=f"; it is `{hub}`{revision}" if hub else "; `linvt_adapter.json` says where it was",
+        named=named,
         training=training or "Not recorded.",
     )
 
@@ -67,7 +70,8 @@ def training_text(settings: "TrainingSettings", facts: dict[str, str]) -> str:
     if not is_hub_id(values["model"]):
         values["model"] = None
     for source in values["data"] + values["eval_data"]:
-        source["path"] = source["path"] if is_hub_id(source["path"]) else source["path"].rpartition("/")[2]
+        source["path"] = Path(source["path"]).name
+        source.pop("media", None)
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     recipe = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return f"| | |\n|---|---|\n{rows}\n\nSettings:\n\n```yaml\n{recipe}```"

@@ -7,7 +7,7 @@ from ..conversion import wrap
 from ..modeling_linvt import LinVTForConditionalGeneration
 from ..processing_linvt import LinVTProcessor
 from .adapter_files import is_adapter, load_adapter
-from .adapters import add_lora, add_projector, has_lora
+from .adapters import ADAPTER, add_lora, add_projector, has_lora, lora_targets, part_of
 from .settings import SettingsError, TrainingSettings
 
 
@@ -15,7 +15,7 @@ def load_model(settings: TrainingSettings, autocast: bool) -> tuple[LinVTForCond
     """`settings.model`: an image-LLM, which is wrapped, a whole LinVT model, or adapters."""
     name = settings.model
     if settings.dtype == "auto":
-        dtype = "auto" if autocast else "float32"  # without autocast, LinVT and the base must agree
+        dtype = "bfloat16" if autocast else "float32"  # without autocast, LinVT and the base must agree
     else:
         dtype = settings.dtype
         if dtype != "float32" and not autocast:
@@ -23,8 +23,8 @@ def load_model(settings: TrainingSettings, autocast: bool) -> tuple[LinVTForCond
     model_kwargs = {"dtype": dtype}
     if settings.revision is not None:
         model_kwargs["revision"] = settings.revision
-    if adapter := is_adapter(name):
-        model, processor = load_adapter(name, trainable=True, dtype=dtype)
+    if adapter := is_adapter(name, settings.revision):
+        model, processor = load_adapter(name, trainable=True, **model_kwargs)
     else:
         try:
             kind = AutoConfig.from_pretrained(name, revision=settings.revision).model_type
@@ -42,6 +42,7 @@ def load_model(settings: TrainingSettings, autocast: bool) -> tuple[LinVTForCond
         raise SettingsError(f"{name} holds {kind}, which have their settings; take linvt: out of the recipe.")
     if processor is None:
         raise SettingsError(f"{name} holds no processor; save it there with processor.save_pretrained.")
+    processor.answer_token_type = model.image_llm.answer_token_type  # older folders do not say it
     # What is trained on so many frames is asked with so many.
     if settings.num_frames is not None or settings.fps is not None:
         processor.num_frames, processor.fps = settings.num_frames, settings.fps
@@ -54,12 +55,15 @@ def prepare(model: LinVTForConditionalGeneration, settings: TrainingSettings) ->
     if lora is not None and not has_lora(model):
         add_lora(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
     elif lora is not None:
-        have = model.base.peft_config["default"]
-        if (have.r, have.lora_alpha) != (lora.rank, lora.alpha):
-            raise SettingsError(
-                f"The model has a LoRA of rank {have.r} and alpha {have.lora_alpha}, and lora: asks for {lora.rank} "
-                f"and {lora.alpha}; merge it first (linvt merge), or ask for the same."
-            )
+        have = model.base.peft_config[ADAPTER]
+        there = (have.r, have.lora_alpha, have.lora_dropout, have.target_modules)
+        wanted = (lora.rank, lora.alpha, lora.dropout, lora_targets(model.base, lora.targets))
+        for name, one, other in zip(("rank", "alpha", "dropout", "targets"), there, wanted, strict=True):
+            if one != other:
+                raise SettingsError(
+                    f"The model has a LoRA with {name} {one}, and lora: asks for {other}; merge it first "
+                    "(linvt merge), or ask for the same."
+                )
     if settings.train_projector and not model.trained_projector:
         add_projector(model)
     _still(model.base)
@@ -107,8 +111,7 @@ def count_parameters(model: nn.Module) -> str:
         if not parameter.requires_grad:
             frozen += parameter.numel()
             continue
-        part = "LoRA" if ".lora_" in name else "projector" if name.startswith("base.") else "LinVT"
-        counts[part] += parameter.numel()
+        counts[part_of(name)] += parameter.numel()
     learned = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
     return f"parameters that learn: {learned}; frozen: {frozen:,}"
 
