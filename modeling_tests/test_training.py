@@ -9,17 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from test_modeling import IMAGE, logits
 from tiny_bases import TINY_LINVT
 from tiny_models import base_folder, chat, encode, noise_video, wrapped
 from training_data import data_file, linvt_folder, losses, recipe, weights
+from transformers import TrainerCallback
 
 from linvt_hf import LinVTForConditionalGeneration, LinVTProcessor
 from linvt_hf.cli import main
 from linvt_hf.training import LoraSettings, TrainingSettings, load_adapter, read_settings, train
-from linvt_hf.training.preparation import prepare
+from linvt_hf.training import trainer as trainer_module
+from linvt_hf.training.adapters import add_lora
+from linvt_hf.training.dataset import ChatDataset
+from linvt_hf.training.preparation import load_model, prepare
 from linvt_hf.training.settings import PRESETS, SettingsError
+from linvt_hf.training.sources import DataSource
 from linvt_hf.training.trainer import last_checkpoint, parameter_groups
 
 LORA = LoraSettings(rank=4)
@@ -83,6 +89,13 @@ def test_extends_and_overrides(tmp_path):
         (
             "schedule: cosin\n",
             "line 1: schedule is one of cosine, linear, constant, constant_with_warmup; got 'cosin'.",
+        ),
+        ("dtype: bf16\n", "line 1: dtype is one of auto, bfloat16, float16, float32; got 'bf16'."),
+        ("model: m\noutput: o\nnum_frames: 0\n", "line 3: num_frames must be at least 1; got 0."),
+        ("model: m\noutput: o\nlora:\n  dropout: 1.5\n", "line 4: lora.dropout is a share of the inputs, below 1"),
+        (
+            "model: m\noutput: o\nlinvt:\n  num_heads: 4\n  num_seleted_tokens: 9\n",
+            "line 5: linvt.num_seleted_tokens is no field of LinVTConfig; did you mean num_selected_tokens?",
         ),
         ("turns: both\n", "line 1: turns is one of each, all; got 'both'."),
         ("model: m\noutput: o\nbatch_size: 0\n", "r.yaml, line 3: batch_size must be at least 1; got 0."),
@@ -200,8 +213,21 @@ def test_half_precision(tmp_path):
     model = LinVTForConditionalGeneration.from_pretrained(linvt_folder(name), dtype=torch.bfloat16)
     model.save_pretrained(half, processor=LinVTProcessor.from_pretrained(linvt_folder(name)))
     before = weights(model)
+    weighing = [[], []]  # what the last softmax gets and gives
+
+    class Listen(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            plain = model.video_tokenizer.aggregator._weigh
+
+            def weigh(queries, *rest):
+                weighing[0].append(queries)
+                weighing[1].append(plain(queries, *rest))
+                return weighing[1][-1]
+
+            model.video_tokenizer.aggregator._weigh = weigh
+
     values = {"model": str(half), "bf16": True, "lora": LORA, "learning_rate": 6e-5, "max_steps": 2}
-    run = train(recipe(name, tmp_path / "run", **values))
+    run = train(recipe(name, tmp_path / "run", **values), callbacks=[Listen()])
     saved = load_file(tmp_path / "run" / "linvt.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     centers = "video_tokenizer.aggregator.centers"
@@ -209,6 +235,7 @@ def test_half_precision(tmp_path):
     assert all(
         torch.equal(before[k], v) for k, v in weights(run.model).items() if k.startswith("base.") and k in before
     )
+    assert {tensor.dtype for tensor in weighing[0]} == {torch.float32} == {tensor.dtype for tensor in weighing[1]}
     # Afterwards it answers in the base's dtype, as a loaded one does.
     assert {p.dtype for n, p in run.model.named_parameters() if "lora_" not in n} == {torch.bfloat16}
     inputs = encode(run.processor, chat(noise_video(), "What moves?"))
@@ -241,9 +268,16 @@ def test_checkpointing_leaves_the_vision_tower_alone():
 
 
 def test_accumulation_is_one_large_batch(tmp_path):
-    large = train(recipe("llava_onevision", tmp_path / "large", batch_size=8))
-    small = train(recipe("llava_onevision", tmp_path / "small", batch_size=2, accumulation=4))
+    values = {"max_steps": 2, "eval_data": [DataSource(str(data_file(videos=7)))]}
+    large = train(recipe("llava_onevision", tmp_path / "large", batch_size=8, **values))
+    small = train(recipe("llava_onevision", tmp_path / "small", batch_size=2, accumulation=4, **values))
     torch.testing.assert_close(losses(small), losses(large), rtol=1e-5, atol=1e-5)
+    # Nor does the evaluation loss depend on it: answers of several lengths, and a last batch that is not full.
+    evaluations = [[e["eval_loss"] for e in run.history if "eval_loss" in e] for run in (large, small)]
+    torch.testing.assert_close(*evaluations, rtol=1e-5, atol=1e-5)
+    inputs = small.processor.collate([*ChatDataset(values["eval_data"], small.processor)][:7])
+    with torch.no_grad():
+        assert evaluations[1] == pytest.approx([float(small.model(**inputs).loss)], rel=1e-5)
 
 
 # ---- parameters that a batch leaves out ----
@@ -304,12 +338,12 @@ train(read_settings(sys.argv[1]))
 
 
 def test_a_killed_run_goes_on_to_the_bit(tmp_path):
-    """With dropout, accumulation and evaluation; killed between two checkpoints, with one of them half written."""
-    import yaml
-
-    from linvt_hf.training.sources import DataSource
-
+    """
+    With dropout, accumulation, evaluation and a part of the data that changes with the epoch; killed in the middle of
+    the second, between two checkpoints, with one of them half written.
+    """
     values = {
+        "data": DataSource(str(data_file(videos=20)), weight=0.5),
         "lora": LoraSettings(rank=4, dropout=0.2),
         "max_steps": 7,
         "batch_size": 2,
@@ -364,12 +398,37 @@ def test_an_image_llm_is_wrapped_on_the_way(tmp_path):
     run = train(settings)
     assert run.model.config.num_video_tokens == 8 and run.processor.num_frames == 4
     content = json.loads((tmp_path / "linvt_adapter.json").read_text())
-    assert content["base_model"] == str(base_folder("mipha"))
+    assert (tmp_path / content["local_base"]).resolve() == base_folder("mipha").resolve()
     for model, message in [(linvt_folder("mipha"), "a LinVT model"), (tmp_path, "adapters")]:
         with pytest.raises(SettingsError, match=f"holds {message}, which have their settings; take linvt: out"):
             train(recipe("mipha", tmp_path / "x", model=str(model), linvt=TINY_LINVT))
     with pytest.raises(SettingsError, match="There is no model at no/such"):
         train(recipe("mipha", tmp_path / "x", model="no/such"))
+
+
+def test_a_lora_that_is_there_already():
+    model, _ = copy.deepcopy(wrapped("mipha"))
+    add_lora(model, rank=4, alpha=32, dropout=0.05)
+    prepare(model, TrainingSettings(model="m", output="o", lora=LORA))
+    for other, message in [
+        (LoraSettings(8), "a LoRA with rank 4, and lora: asks for 8"),
+        (LoraSettings(4, dropout=0.0), "with dropout 0.05, and lora: asks for 0.0"),
+        (LoraSettings(4, targets=["fc1"]), "with targets .*; merge it first"),
+    ]:
+        with pytest.raises(SettingsError, match=message):
+            prepare(model, TrainingSettings(model="m", output="o", lora=other))
+
+
+def test_folders_without_the_token_type_of_answers(tmp_path):
+    model, processor = wrapped("paligemma")
+    model.save_pretrained(tmp_path, processor=processor)
+    assert LinVTProcessor.from_pretrained(tmp_path).answer_token_type == 1
+    file = tmp_path / "processor_config.json"
+    saved = json.loads(file.read_text())
+    del saved["answer_token_type"]
+    file.write_text(json.dumps(saved))
+    settings = TrainingSettings(model=str(tmp_path), output="o")
+    assert load_model(settings, autocast=False)[1].answer_token_type == 1
 
 
 def test_a_model_and_samples_in_memory(tmp_path):
@@ -407,7 +466,8 @@ def test_what_a_user_sees(tmp_path):
     data.write_text(rows + "\n" + json.dumps(broken))
     (tmp_path / "broken.mp4").write_bytes(b"nothing")
     command = [
-        "train", "qwen2_vl/stage2", f"model={linvt_folder('qwen2_vl')}", f"data={data}", f"eval_data={data_file()}",
+        "train", "qwen2_vl/stage2", f"model={linvt_folder('qwen2_vl')}",
+        f"data={{path: {data}, media: {tmp_path}}}", f"eval_data={data_file()}",
         f"output={tmp_path / 'out'}", "max_steps=5", "batch_size=9", "accumulation=1", "log_every=1", "workers=0",
     ]  # fmt: skip
     process = subprocess.run(
@@ -421,8 +481,8 @@ def test_what_a_user_sees(tmp_path):
     assert "the adapters after the last step, loss" in process.stdout
     said = [line for line in process.stderr.splitlines() if line.startswith("linvt: ")]
     assert said[0] == f"linvt: loading {linvt_folder('qwen2_vl')}"
-    assert said[1].startswith("linvt: parameters that learn: LinVT ") and ", LoRA " in said[1]
-    assert said[2].startswith("linvt: 9 samples, 9 a step, 8 for evaluation")
+    assert said[2].startswith("linvt: parameters that learn: LinVT ") and ", LoRA " in said[2]
+    assert said[3].startswith("linvt: 9 samples, 9 a step, 8 for evaluation")
     noise = [line for line in process.stderr.splitlines() if "warn" in line.lower() or "deprecat" in line.lower()]
     assert noise == []
 
@@ -442,7 +502,8 @@ def test_what_a_user_sees(tmp_path):
     assert rates == pytest.approx([2e-5, 6e-5])
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert "| steps | 5 of 5 |" in card.text and "lora_learning_rate: 6.0e-05" in card.text
-    assert str(tmp_path) not in card.text  # a machine's paths tell nobody anything
+    for file in (tmp_path / "out" / "best").iterdir():  # a machine's paths are nobody's business
+        assert str(tmp_path).encode() not in file.read_bytes(), file.name
     files = {path.name for path in (tmp_path / "out" / "best").iterdir()}
     assert {"linvt.safetensors", "adapter_model.safetensors", "tokenizer.json"} <= files
     assert not {name for name in files if name.startswith(("optimizer", "rng"))}
@@ -455,7 +516,7 @@ def test_mistakes_from_the_command(tmp_path, capsys):
     for arguments, message in [
         (["stage1", model, out], "data is missing"),
         (["stage1", model, out, "data=no.jsonl"], "no.jsonl"),
-        (["stage1", "model=no/such", out, "data=x"], "There is no model at no/such"),
+        (["stage1", "model=no/such", out, f"data={data_file()}"], "There is no model at no/such"),
         (["nosuch", model, out], "There is no recipe nosuch"),
         (["stage2", model, out, f"data={data_file()}", "lora.targets=[gate_proj]"], "lora.targets names gate_proj"),
     ]:
@@ -463,3 +524,43 @@ def test_mistakes_from_the_command(tmp_path, capsys):
         errors = [line for line in capsys.readouterr().err.splitlines() if message in line]
         assert len(errors) == 1 and errors[0].startswith("linvt: ")
     assert not (tmp_path / "out").exists()
+
+
+def train_command(tmp_path, **values):
+    defaults = {"model": linvt_folder("mipha"), "output": tmp_path / "out", "data": data_file(), "max_steps": 2}
+    return ["train", "stage1", *(f"{key}={value}" for key, value in {**defaults, "workers": 0, **values}.items())]
+
+
+def test_show(tmp_path, capsys):
+    assert main([*train_command(tmp_path, seed=7), "--show"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 7
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_fails_says_where(workers, tmp_path, capfd, monkeypatch):
+    def broken(*args):
+        raise ValueError("x.jsonl:3: is no good.")
+
+    monkeypatch.setattr(ChatDataset, "_encode", broken)
+    assert main(train_command(tmp_path, workers=workers)) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-1].startswith("linvt: ") and lines[-1].endswith("x.jsonl:3: is no good.")
+    assert any("in broken" in line for line in lines)
+
+
+def test_interrupted(tmp_path, capsys, monkeypatch):
+    closed = []
+    plain = trainer_module.Report.close
+    monkeypatch.setattr(trainer_module.Report, "close", lambda self: closed.append(1) or plain(self))
+    monkeypatch.setattr(trainer_module.Report, "on_step_end", lambda *a, **k: signal.raise_signal(signal.SIGINT))
+    assert main(train_command(tmp_path)) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "linvt: interrupted; the same command goes on from the last checkpoint."
+    assert closed
+
+
+def test_packages_that_are_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert main(train_command(tmp_path)) == 2
+    assert capsys.readouterr().err == "linvt: Training needs tensorboard: pip install 'linvt_hf[train]'.\n"

@@ -36,7 +36,7 @@ def data_file(texts: tuple[int, ...] = (), videos: int = 8) -> Path:
             write_video(video, moving_square(8 + row))
         blocks = [] if row in texts else [{"type": "video", "path": video.name}]
         blocks.append({"type": "text", "text": f"What is it, number {row}?"})
-        answer = [{"type": "text", "text": f"It is {row * 7 % 5}."}]
+        answer = [{"type": "text", "text": f"It is {row * 7 % 5}{'!' * (row % 4)}"}]  # of several lengths
         rows.append({"messages": [{"role": "user", "content": blocks}, {"role": "assistant", "content": answer}]})
     path = folder / ("data" + "".join(f"-{row}" for row in texts) + f"-{videos}.jsonl")
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -48,10 +48,11 @@ def recipe(name: str, output: Path, **values) -> TrainingSettings:
     from linvt_hf.training.sources import DataSource
 
     data = values.pop("data", data_file())
+    data = data if isinstance(data, DataSource) else DataSource(str(data))
     defaults = {
         "model": str(linvt_folder(name)),
         "output": str(output),
-        "data": [DataSource(str(data))],
+        "data": [data],
         "learning_rate": 1e-2,
         "batch_size": 4,
         "max_steps": 4,

@@ -3,7 +3,10 @@
 import argparse
 import json
 import sys
+import traceback
 from pathlib import Path
+
+TRAINING = Path(__file__).parent / "training"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -12,18 +15,23 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        # transformers explains at length; its first line says what is wrong.
+        if args.running:  # hours of work went before: say all there is to say
+            traceback.print_exc()
+        # transformers explains at length, and its first line says what is wrong; a data loader's process hands on the
+        # whole account of what happened there, and the last line says it.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        print(f"linvt: {lines[0]}", file=sys.stderr)
+        print(f"linvt: {lines[-1 if lines[0].startswith('Caught ') else 0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("linvt: interrupted.", file=sys.stderr)
+        again = "; the same command goes on from the last checkpoint" if args.running else ""
+        print(f"linvt: interrupted{again}.", file=sys.stderr)
         return 130
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="linvt", description="Video for image-LLMs, with LinVT.")
+    parser.set_defaults(running=False)  # whether a run has begun, which a mistake in the command no longer explains
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     wrap = commands.add_parser("wrap", help="give an image-LLM a video tokenizer and save the whole as a Hub folder")
@@ -45,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     wrap.set_defaults(run=_wrap)
 
     ask = commands.add_parser("ask", help="ask a LinVT model about a video")
-    ask.add_argument("model", metavar="MODEL", help="LinVT model: a Hub id or a folder")
+    ask.add_argument("model", metavar="MODEL", help="LinVT model, or adapters from training: a Hub id or a folder")
     ask.add_argument("video", metavar="VIDEO", help="a video file or URL")
     ask.add_argument("question", metavar="QUESTION")
     ask.add_argument("--choices", nargs="+", metavar="CHOICE", help="options; prints the probability of each")
@@ -56,17 +64,25 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument(
         "--dtype", default="auto", help="type of the weights: auto (as stored), bfloat16, float16, float32"
     )
+    ask.add_argument("--base", help="the base of adapters, if it is not where they say")
     ask.add_argument("--json", action="store_true", help="print one JSON object")
     ask.set_defaults(run=_ask)
 
-    train = commands.add_parser("train", help="train LinVT, and a LoRA on the language model, by a recipe")
-    train.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a shipped recipe such as qwen2_vl/stage1")
+    train = commands.add_parser(
+        "train",
+        help="train LinVT, and a LoRA on the language model, by a recipe",
+        description="Trains LinVT, and a LoRA on the language model, by a recipe: a YAML file of settings.",
+        epilog=_about_training(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe that comes with linvt")
     train.add_argument(
         "overrides",
         metavar="KEY=VALUE",
         nargs="*",
         help="settings that go before the recipe's: model=FOLDER data=FILE output=FOLDER lora.rank=8 ...",
     )
+    train.add_argument("--show", action="store_true", help="print all settings as they would be used, and stop")
     train.set_defaults(run=_train)
 
     merge = commands.add_parser("merge", help="make one whole model of adapters and their base")
@@ -75,6 +91,28 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--base", help="the base, if it is not where the adapters say")
     merge.set_defaults(run=_merge)
     return parser
+
+
+def _about_training() -> str:
+    recipes = sorted(path.relative_to(TRAINING / "presets").with_suffix("") for path in TRAINING.rglob("stage*.yaml"))
+    return f"""\
+recipes that come with linvt:
+  {", ".join(map(str, recipes))}
+
+a recipe may begin with extends: and the name of another; settings, with defaults and their sources, are in
+  {TRAINING / "settings.py"}
+
+examples:
+  linvt train qwen2_vl/stage1 data=train.jsonl output=runs/stage1
+  linvt train qwen2_vl/stage2 model=runs/stage1 data=train.jsonl eval_data=test.jsonl output=runs/stage2
+  linvt train my.yaml data='[{{path: a.jsonl, weight: 0.5}}, b.parquet]' lora.rank=8 max_steps=100 --show
+
+several GPUs, with one of the configurations (ddp, fsdp2, zero2, zero3) in
+  {TRAINING / "accelerate"}:
+  accelerate launch --config_file .../ddp.yaml --num_processes 8 -m linvt_hf.cli train ...
+
+A run that was stopped goes on from its last checkpoint when the same command is given again.
+"""
 
 
 def _check_free(folder: Path) -> None:
@@ -165,7 +203,9 @@ def _load(args):
         raise ValueError(f"--device {args.device}: torch finds no GPU here; use --device cpu.")
     # Our own classes: nothing that a model's folder brings along is run.
     if is_adapter(args.model):
-        model, processor = load_adapter(args.model, dtype=args.dtype)
+        model, processor = load_adapter(args.model, args.base, dtype=args.dtype)
+        if processor is None:
+            raise ValueError(f"{args.model} holds no processor; save it there with processor.save_pretrained.")
     else:
         model = LinVTForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype).eval()
         processor = LinVTProcessor.from_pretrained(args.model)
@@ -178,9 +218,24 @@ def _train(args) -> None:
     except ImportError as error:
         raise ImportError(f"Training needs more packages ({error}): pip install 'linvt_hf[train]'.") from error
 
-    run = train(read_settings(args.recipe, args.overrides), say=lambda text: print(f"linvt: {text}", file=sys.stderr))
+    settings = read_settings(args.recipe, args.overrides)
+    if args.show:
+        import yaml
+
+        print(yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True), end="")
+        return
+    from torch import distributed
+    from transformers import TrainerCallback
+
+    class Begun(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            args.running = True
+
+    run = train(settings, callbacks=[Begun()], say=lambda text: print(f"linvt: {text}", file=sys.stderr, flush=True))
     if run.main:
         print(run.summary())
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _merge(args) -> None:

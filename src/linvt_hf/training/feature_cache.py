@@ -61,7 +61,13 @@ class FeatureCache:
         self._digests: dict[int, tuple[Any, str]] = {}  # of videos that are in memory themselves
 
     def fill(
-        self, model: LinVTForConditionalGeneration, dataset: "ChatDataset", *, workers: int = 0, progress: bool = True
+        self,
+        model: LinVTForConditionalGeneration,
+        dataset: "ChatDataset",
+        *,
+        workers: int = 0,
+        progress: bool = True,
+        share: tuple[int, int] = (0, 1),
     ) -> int:
         """
         Computes what is missing of a data set's videos, and returns how many that were. Videos that cannot be read are
@@ -71,6 +77,7 @@ class FeatureCache:
             model: the model that is trained, on the device that computes.
             workers: processes that read videos.
             progress: whether to show a bar.
+            share: for several processes with one folder, which of how many this is; each computes its own part.
 
         Raises `ValueError` if the vision encoder or the projector is to be trained.
         """
@@ -83,7 +90,8 @@ class FeatureCache:
                 key = self._key(dataset.processor, video)
             except SkippedSample:
                 continue  # said again, and reported, when its sample is made
-            if key not in missing and self._load(key) is None:
+            mine = int(key[:8], 16) % share[1] == share[0]  # by its key: the list may differ between processes
+            if mine and key not in missing and not self._has(key):
                 missing[key] = video
         if not missing:
             return 0
@@ -179,6 +187,9 @@ class FeatureCache:
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _has(self, key: str) -> bool:
+        return key in self._entries or (self.folder is not None and self._file(key).exists())
 
     def _load(self, key: str) -> dict[str, Tensor] | None:
         entry = self._entries.get(key)

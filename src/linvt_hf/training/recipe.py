@@ -6,6 +6,7 @@ Stage 1 learns LinVT alone, stage 2 LinVT and a LoRA on the language model; that
 """
 
 import dataclasses
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from .trainer import LinVTTrainer, Report, last_checkpoint
 
 SETTINGS_FILE, SKIPPED_FILE = "settings.yaml", "skipped.jsonl"
 # What may differ when a run is taken up again: it changes how the run goes, not what it learns.
-_FREE = ("output", "resume", "workers", "log_every", "eval_every", "save_every", "feature_cache", "revision")
+_FREE = ("output", "resume", "workers", "log_every", "eval_every", "save_every", "feature_cache")
 
 
 @dataclass
@@ -82,11 +83,17 @@ def train(
         callbacks: of `transformers.Trainer`, beside the run's own.
         say: told in a sentence what happens; only in the main process.
 
-    Raises `SettingsError` (a `ValueError`) for settings that do not fit each other, the model or an earlier run.
+    Raises `SettingsError` (a `ValueError`) for settings that do not fit each other, the model or an earlier run, and
+    what `read_source` raises for data that cannot be used.
     """
+    _check_packages(settings)
     if model is not None:
         settings = dataclasses.replace(settings, model=settings.model or model.name_or_path or type(model).__name__)
     settings.check()
+    if data is None and not settings.data:
+        raise SettingsError("data is missing; say data=FILE or set it in the recipe.")
+    for source in settings.data + settings.eval_data:
+        source.check_there()  # before the model is loaded, which takes longer
     folder = Path(settings.output)
     args = _arguments(settings, evaluates=bool(settings.eval_data or eval_data is not None))
     main = args.process_index == 0
@@ -102,12 +109,15 @@ def train(
     skipped = folder / SKIPPED_FILE
     features = None if settings.feature_cache is None else FeatureCache(settings.feature_cache)
     if data is None:
+        say("reading and checking the data")
         data = _dataset(settings, settings.data, processor, skipped, features)
     if eval_data is None and settings.eval_data:
         eval_data = _dataset(settings, settings.eval_data, processor, skipped, features)
     if main and checkpoint is None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SETTINGS_FILE).write_text(yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True))
+        skipped.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+    report = Report(folder / "tensorboard")
     trainer = LinVTTrainer(
         model,
         settings=settings,
@@ -117,7 +127,7 @@ def train(
         data_collator=processor.collate,
         train_dataset=data,
         eval_dataset=eval_data,
-        callbacks=[Report(folder / "tensorboard"), *callbacks],
+        callbacks=[report, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     if settings.feature_cache is not None:
@@ -125,7 +135,10 @@ def train(
         _fill_features(trainer, [data, eval_data])
     say(count_parameters(model))
     say(_plan(settings, args, data, eval_data, checkpoint))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        report.close()
 
     trainer.save_model(str(folder))
     best = trainer.state.best_model_checkpoint
@@ -139,6 +152,12 @@ def train(
 
 
 # ---- the run ----
+
+
+def _check_packages(settings: TrainingSettings) -> None:
+    needed = ["accelerate", "tensorboard", *(["peft"] if settings.lora is not None else [])]
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"Training needs {' and '.join(missing)}: pip install 'linvt_hf[train]'.")
 
 
 def _arguments(settings: TrainingSettings, evaluates: bool) -> TrainingArguments:
@@ -194,8 +213,10 @@ def _earlier_run(settings: TrainingSettings, folder: Path) -> Path | None:
         return None
     if not settings.resume:
         raise SettingsError(f"{folder} holds a run already and resume is off; choose another output.")
-    with open(folder / SETTINGS_FILE, encoding="utf-8") as file:
-        before = yaml.safe_load(file)
+    try:
+        before = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SettingsError(f"{folder} holds a run without its {SETTINGS_FILE}; choose another output.") from error
     now = settings.to_dict()
     differing = [name for name in now if name not in _FREE and before.get(name) != now[name]]
     if differing:
@@ -207,8 +228,6 @@ def _earlier_run(settings: TrainingSettings, folder: Path) -> Path | None:
 
 
 def _dataset(settings: TrainingSettings, sources: list, processor, skipped: Path, features) -> ChatDataset:
-    if not sources:
-        raise SettingsError("data is missing; say data=FILE or set it in the recipe.")
     return ChatDataset(
         sources,
         processor,
@@ -223,13 +242,15 @@ def _dataset(settings: TrainingSettings, sources: list, processor, skipped: Path
 
 
 def _fill_features(trainer: LinVTTrainer, datasets: list) -> None:
-    """Before training, the frozen encoder's features of all videos; the main process first, the others find them."""
+    """Before training, the frozen encoder's features of all videos; each process computes its share."""
     model = trainer.model.to(trainer.args.device)
-    workers, main = trainer.settings.workers, trainer.args.process_index == 0
-    with trainer.args.main_process_first(), trainer.compute_loss_context_manager():
+    workers, rank = trainer.settings.workers, trainer.args.process_index
+    with trainer.compute_loss_context_manager():
         for dataset in datasets:
             if getattr(dataset, "features", None) is not None:
-                dataset.features.fill(model, dataset, workers=workers, progress=main)
+                share = (rank, trainer.args.world_size)
+                dataset.features.fill(model, dataset, workers=workers, progress=rank == 0, share=share)
+    trainer.accelerator.wait_for_everyone()
     if not trainer.place_model_on_device:  # it will be, in parts
         model.to("cpu")
 
@@ -238,7 +259,7 @@ def _copy_adapter(checkpoint: Path, folder: Path) -> None:
     """Only what `load_adapter` needs, without the optimizer's state."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    state = ("optimizer", "scheduler", "rng_state", "trainer_state", "scaler")
+    state = ("optimizer", "scheduler", "rng_state", "trainer_state", "scaler", "latest", "zero_to_fp32")
     for path in checkpoint.iterdir():
         if path.is_file() and not path.name.startswith(state):
             shutil.copy2(path, folder)
@@ -256,6 +277,8 @@ def _plan(settings, args: TrainingArguments, data, eval_data, checkpoint: Path |
         parts.append(f"{len(eval_data):,} for evaluation")
     if checkpoint is not None:
         parts.append(f"going on from {checkpoint.name}")
+        if (before := len(list(checkpoint.glob("rng_state*.pth")))) != args.world_size:
+            parts.append(f"which {before} processes wrote, so steps and batches are others from here on")
     return ", ".join(parts)
 
 

@@ -8,12 +8,14 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from ..configuration_linvt import LinVTConfig
 from .sources import DataSource
 
 PRESETS = Path(__file__).parent / "presets"
@@ -21,6 +23,15 @@ PRESETS = Path(__file__).parent / "presets"
 
 class SettingsError(ValueError):
     """A recipe or an override that cannot be used, as one sentence."""
+
+
+# Which values of settings make sense, where they are set.
+_AT_LEAST_1 = {
+    *("batch_size", "accumulation", "log_every", "eval_every", "save_every", "max_steps", "max_length", "num_frames"),
+    "lora.rank",
+}
+_ABOVE_0 = {"learning_rate", "lora_learning_rate", "projector_learning_rate", "epochs", "fps", "lora.alpha"}
+_NOT_NEGATIVE = {"weight_decay", "warmup", "workers", "max_grad_norm", "seed", "lora.dropout"}
 
 
 @dataclass
@@ -79,7 +90,8 @@ class TrainingSettings:
     feature_cache: str | None = None  # folder for the frozen encoder's features, filled before training
 
     # How it runs
-    dtype: str = "auto"  # of the frozen base; "auto": as stored under bf16, else float32
+    # Of the frozen base. "auto": bfloat16 under bf16, in whatever it is stored, else float32
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     bf16: bool | None = None  # authors' code: True; None: on a GPU that has it
     gradient_checkpointing: bool = True  # ours; slower by about a third, and memory no longer grows with depth
     log_every: int = 10  # steps
@@ -97,19 +109,26 @@ class TrainingSettings:
         for name in ("model", "output"):
             if not getattr(self, name):
                 raise SettingsError(f"{name} is missing; say {name}=... or set it in the recipe.")
-        for name in ("batch_size", "accumulation", "log_every", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                fail(name, f"must be at least 1; got {getattr(self, name)}.")
-        for name in ("learning_rate", "lora_learning_rate", "projector_learning_rate", "epochs", "max_steps"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                fail(name, f"must be above 0; got {getattr(self, name)}.")
-        for name in ("weight_decay", "warmup", "workers", "max_grad_norm"):
-            if getattr(self, name) < 0:
-                fail(name, f"must not be negative; got {getattr(self, name)}.")
+        values = dict(vars(self))
+        if self.lora is not None:
+            values.update({f"lora.{name}": value for name, value in vars(self.lora).items()})
+        values = {name: value for name, value in values.items() if value is not None}
+        for name in values.keys() & _AT_LEAST_1:
+            if values[name] < 1:
+                fail(name, f"must be at least 1; got {values[name]}.")
+        for name in values.keys() & _ABOVE_0:
+            if values[name] <= 0:
+                fail(name, f"must be above 0; got {values[name]}.")
+        for name in values.keys() & _NOT_NEGATIVE:
+            if values[name] < 0:
+                fail(name, f"must not be negative; got {values[name]}.")
         if self.warmup >= 1:
             fail("warmup", f"is a share of all steps, below 1; got {self.warmup}.")
-        if self.lora is not None and self.lora.rank < 1:
-            fail("lora.rank", f"must be at least 1; got {self.lora.rank}.")
+        if values.get("lora.dropout", 0) >= 1:
+            fail("lora.dropout", f"is a share of the inputs, below 1; got {values['lora.dropout']}.")
+        for name in self.linvt:
+            if name not in LinVTConfig.__dataclass_fields__:
+                fail(f"linvt.{name}", f"is no field of LinVTConfig; {_nearest(name, LinVTConfig.__annotations__)}")
         if self.freeze_linvt and not self.train_projector and self.lora is None:
             fail("freeze_linvt", "leaves nothing to learn; add lora: or train_projector: true, or take it out.")
 
@@ -252,9 +271,7 @@ def _build(node: _Node, cls: type, name: str, places: dict[str, str]):
     values = {}
     for key, child in node.value.items():
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(hints)}."
-            raise SettingsError(f"{child.where}: there is no setting {prefix}{key}; {hint}")
+            raise SettingsError(f"{child.where}: there is no setting {prefix}{key}; {_nearest(key, hints, prefix)}")
         places[prefix + key] = child.where
         values[key] = _convert(child, hints[key], prefix + key, places)
     needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
@@ -265,6 +282,11 @@ def _build(node: _Node, cls: type, name: str, places: dict[str, str]):
         return cls(**values)
     except ValueError as error:
         raise SettingsError(f"{node.where}: {error}") from error
+
+
+def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(known)}."
 
 
 def _convert(node: _Node, hint, name: str, places: dict[str, str]):
@@ -289,6 +311,7 @@ def _convert(node: _Node, hint, name: str, places: dict[str, str]):
         return value
     if hint is dict or origin is dict:
         if isinstance(value, dict):
+            places.update({f"{name}.{key}": child.where for key, child in value.items()})
             return _plain(node)
     elif hint is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -298,9 +321,6 @@ def _convert(node: _Node, hint, name: str, places: dict[str, str]):
                 return float(value)
             except ValueError:
                 pass
-    elif hint is Path:
-        if isinstance(value, str):
-            return Path(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a mapping"}

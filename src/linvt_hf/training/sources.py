@@ -46,6 +46,10 @@ class DataSource:
             raise ValueError(f"{self.path}: weight is {self.weight}; it must be above 0, or leave the source out.")
         check_sampling(self.num_frames, self.fps, f"{self.path}: ")
 
+    def check_there(self) -> None:
+        if not Path(self.path).exists():
+            raise FileNotFoundError(f"There is no data file {self.path}.")
+
 
 class Conversations(Sequence):
     """
@@ -95,9 +99,8 @@ def read_source(source: DataSource) -> Conversations:
     Raises `FileNotFoundError` for a data file, video or image that is not there, and `ValueError` for a record that
     cannot be used; both name file and line.
     """
+    source.check_there()
     path = Path(source.path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no data file {source.path}.")
     records: Iterator[tuple[str, Any]]
     if path.is_dir():
         records = _saved_dataset(path, source.split)

@@ -4,6 +4,8 @@
 - Parameter groups with rates of their own for LinVT, LoRA and projector.
 - Checkpoints are adapter folders with the optimizer's state, not whole models, and complete or not there at all.
 - Autocast around float32 LinVT and LoRA on a frozen base in half precision.
+- The evaluation loss is the mean over all answers' tokens, however they fall into batches and processes.
+- Every epoch is told to the data, also where accelerate does not.
 - Under FSDP2 only the language model's blocks are sharded apart (see `_blocks_apart`).
 """
 
@@ -20,8 +22,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .adapter_files import load_weights, save_adapter, trained_tensors
-from .adapters import language_model_blocks
+from .adapters import language_model_blocks, part_of
 from .card import training_text
+from .labels import IGNORED
 from .settings import TrainingSettings
 
 # LinVT's parameters that are places and not maps: decay would pull every query to the video's start.
@@ -41,9 +44,10 @@ class LinVTTrainer(Trainer):
 
     def __init__(self, model, *, settings: TrainingSettings, processor, autocast: bool, **kwargs):
         self.settings, self.processor, self.autocast = settings, processor, autocast
-        self.samples = self.tokens = 0  # of this process since `self.since`
+        self.samples = self.tokens = 0  # of this process since `self.since`, padding not counted
         self.since = time.perf_counter()
         super().__init__(model, **kwargs)
+        self.add_callback(Epochs())
         vars(model.config).pop("use_cache", None)  # the Trainer notes its own there, and the config is saved
 
     # ---- what is learned, and how fast ----
@@ -69,18 +73,39 @@ class LinVTTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.samples += len(inputs["input_ids"])
-        self.tokens += inputs["input_ids"].numel()
+        self.tokens = self.tokens + inputs["attention_mask"].sum()  # a tensor: nobody waits for the GPU
         return super().training_step(model, inputs, num_items_in_batch)
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # counted over every parameter of the base in every step, and nobody asks for it
+
+    # ---- evaluation ----
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, tokens = self.accelerator.reduce(self._evaluated, reduction="sum").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1)
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = dict(self._prepare_inputs(inputs))
+        labels = inputs["labels"] = inputs["labels"].clone()
+        state = self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0:  # the last batches are filled up with the first samples
+            labels[max(state.remainder - self.args.process_index * self.args.eval_batch_size, 0) :] = IGNORED
+        with torch.no_grad(), self.compute_loss_context_manager():
+            total = model(**inputs, use_cache=False, num_items_in_batch=1).loss  # the sum, not the mean
+        tokens = (labels[:, 1:] != IGNORED).sum()
+        self._evaluated += torch.stack([total.double(), tokens.double()])
+        return total / tokens.clamp(min=1), None, None
 
     # ---- what is reported ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             now = time.perf_counter()
-            counts = torch.tensor([self.samples, self.tokens], dtype=torch.float64, device=self.args.device)
+            counts = torch.tensor([self.samples, float(self.tokens)], dtype=torch.float64, device=self.args.device)
             if self.args.world_size > 1:
                 counts = self.accelerator.reduce(counts, reduction="sum")
             samples, tokens = (counts / max(now - self.since, 1e-9)).tolist()
@@ -215,7 +240,7 @@ def parameter_groups(model: nn.Module, settings: TrainingSettings) -> list[dict]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part = "lora" if ".lora_" in name else "projector" if name.startswith("base.") else "linvt"
+        part = part_of(name).lower()
         last = name.rpartition(".")[2]
         decays = last != "bias" and name not in norms and last not in NO_DECAY
         key = part if decays else f"{part}/no_decay"
@@ -232,6 +257,17 @@ def last_checkpoint(folder: str | Path) -> Path | None:
         with contextlib.suppress(OSError, ValueError, KeyError):
             found.append((json.loads((path / "trainer_state.json").read_text())["global_step"], path))
     return max(found)[1] if found else None
+
+
+class Epochs(TrainerCallback):
+    """
+    Tells the data which epoch it is, which decides what part of a source with a fractional weight is used. accelerate
+    does so in one process, but neither in several nor in the epoch in which a run is taken up again.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if hasattr(train_dataloader.dataset, "set_epoch"):
+            train_dataloader.dataset.set_epoch(int(state.epoch or 0))
 
 
 class Report(TrainerCallback):
@@ -274,9 +310,13 @@ class Report(TrainerCallback):
             self.bar.write(f"step {state.global_step}  evaluation loss {logs['eval_loss']:.4f}")
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        """Also for a run that does not come to its end: what was reported so far is kept."""
         if self.writer is not None:
             self.bar.close()
             self.writer.close()
 
 
-__all__ = ["LinVTTrainer", "Report", "last_checkpoint", "parameter_groups"]
+__all__ = ["Epochs", "LinVTTrainer", "Report", "last_checkpoint", "parameter_groups"]
