@@ -10,16 +10,24 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_data import data_file, losses, recipe
+from training_data import data_file, recipe
 
 import linvt_hf.training
 from linvt_hf.training import LoraSettings, train
+from linvt_hf.training.sources import DataSource
 
 CONFIGS = Path(linvt_hf.training.__file__).parent / "accelerate"
 SCRIPT = Path(__file__).parent / "distributed_run.py"
 # Texts without a video are among the samples so that in some steps one of the two processes has no video at all.
-# Without dropout, whose random numbers each process draws for itself.
-STAGE1 = {"max_steps": 5, "save_every": 3, "data": data_file(texts=(0, 2, 3, 5, 7))}
+# Half of them are used in each epoch of two steps, another half in each; checkpoints are taken in the middle of one.
+# Of what is for evaluation the last batch is not full. No dropout, whose random numbers each process draws for itself.
+STAGE1 = {
+    "max_steps": 5,
+    "save_every": 3,
+    "eval_every": 3,
+    "data": DataSource(str(data_file(texts=(0, 2, 3, 5, 7, 8, 10, 13), videos=16)), weight=0.5),
+    "eval_data": [DataSource(str(data_file(videos=5)))],
+}
 STAGE2 = {**STAGE1, "lora": LoraSettings(rank=4, dropout=0.0), "train_projector": True}
 
 
@@ -53,9 +61,9 @@ def launch(kind: str, *parts) -> str:
     return process.stdout
 
 
-def history(folder: Path) -> list[float]:
-    entries = json.loads((folder / "checkpoint-5" / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in entries if "loss" in entry]
+def history(folder: Path, name: str, last: int = 5) -> list[float]:
+    entries = json.loads((folder / f"checkpoint-{last}" / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in entries if name in entry]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -65,17 +73,19 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """One process, the same batches: its losses, and where its adapters are."""
-    runs = {}
+    """One process, the same batches: the folder of each stage's run."""
+    folders = {}
     for stage, values in [("stage1", STAGE1), ("stage2", STAGE2)]:
         folder = tmp_path_factory.mktemp(stage)
-        runs[stage] = losses(train(recipe("internvl_qwen2", folder, batch_size=4, **values))), folder
-    return runs
+        train(recipe("internvl_qwen2", folder, batch_size=4, **values))
+        folders[stage] = folder
+    return folders
 
 
-def check(folder: Path, expected) -> None:
-    torch.testing.assert_close(history(folder), expected[0], rtol=1e-5, atol=1e-5)
-    found, wanted = tensors(folder), tensors(expected[1])
+def check(folder: Path, expected: Path) -> None:
+    for name in ("loss", "eval_loss"):
+        torch.testing.assert_close(history(folder, name), history(expected, name), rtol=1e-5, atol=1e-5)
+    found, wanted = tensors(folder), tensors(expected)
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-4)
@@ -94,16 +104,20 @@ def test_ddp(alone, tmp_path):
 def test_fsdp2(alone, tmp_path):
     """
     Blocks in shards, whether or not something in them learns; and a run taken up from a sharded checkpoint ends where
-    it would have ended.
+    it would have ended. Then float32 LinVT and LoRA on a base in bfloat16.
     """
     first, second = two(tmp_path / "1", STAGE1), two(tmp_path / "2", STAGE2)
-    said = launch("fsdp2", first, second, f"aside:{tmp_path / '2' / 'checkpoint-5'}", second)
-    assert said.count("sharded: ['FSDPLinVTForConditionalGeneration', 'FSDPQwen2DecoderLayer']") == 3
+    half = two(tmp_path / "3", {**STAGE2, "bf16": True, "max_steps": 1})
+    said = launch("fsdp2", first, second, f"aside:{tmp_path / '2' / 'checkpoint-5'}", second, half)
+    assert said.count("sharded: ['FSDPLinVTForConditionalGeneration', 'FSDPQwen2DecoderLayer']") == 4
     check(tmp_path / "1", alone["stage1"])
     check(tmp_path / "2", alone["stage2"])
     assert list((tmp_path / "2" / "checkpoint-3" / "optimizer_0").glob("*.distcp"))
     whole, resumed = tensors(tmp_path / "2" / "aside-checkpoint-5"), tensors(tmp_path / "2")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert {tensor.dtype for tensor in tensors(tmp_path / "3").values()} == {torch.float32}
+    (loss,) = history(tmp_path / "3", "loss", last=1)
+    assert loss == pytest.approx(history(alone["stage2"], "loss")[0], rel=0.02)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
