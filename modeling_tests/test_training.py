@@ -64,6 +64,8 @@ def test_extends_and_overrides(tmp_path):
     assert [(s.path, s.weight, s.num_frames) for s in settings.data] == [("x.jsonl", 1.0, None), ("y.jsonl", 0.5, 4)]
     assert settings.bf16 is True and settings.linvt == {"num_heads": 4} and settings.max_steps is None
     assert read_settings(tmp_path / "b.yaml", ["lora=null"]).lora is None
+    (tmp_path / "stage1.yaml").write_text("extends: stage1\nmodel: m\noutput: o\n")  # the shipped one, not itself
+    assert read_settings(tmp_path / "stage1.yaml").model == "m"
 
 
 @pytest.mark.parametrize(

@@ -751,6 +751,15 @@ def test_features_in_loader_workers_and_a_second_run(conversations, tmp_path):
     assert set(batch["frames_num_tokens"].tolist()) == {2, 6} and batch["frame_features"].shape[1] == 6
 
 
+def test_several_processes_share_the_work(conversations, tmp_path):
+    model, processor = frozen("internvl_qwen2")
+    data = [ChatDataset(conversations, processor, features=FeatureCache(tmp_path)) for _ in range(3)]
+    # The second starts when the first is done and finds other things missing than it did.
+    counts = [d.features.fill(model, d, progress=False, share=(rank, 3)) for rank, d in enumerate(data)]
+    assert sum(counts) == 3
+    assert data[0].features.fill(model, data[0], progress=False) == 0
+
+
 def test_features_are_never_stale(media, tmp_path):
     model, processor = frozen("internvl_qwen2")
     path = tmp_path / "v.mkv"

@@ -170,13 +170,14 @@ def read_settings(recipe: str | Path | None = None, overrides: list[str] | tuple
     return settings
 
 
-def find_recipe(recipe: str | Path, beside: Path | None = None) -> Path:
+def find_recipe(recipe: str | Path, named_by: Path | None = None) -> Path:
     """The file of a recipe: a path (first beside the file that names it), or the name of a shipped preset."""
     name = str(recipe)
-    for folder in ([beside] if beside else []) + [Path(), PRESETS]:
-        for candidate in (folder / name, folder / f"{name}.yaml"):
-            if candidate.is_file():
-                return candidate
+    folders = ([named_by.parent] if named_by else []) + [Path(), PRESETS]
+    found = [path for folder in folders for path in (folder / name, folder / f"{name}.yaml") if path.is_file()]
+    if found:
+        # A recipe called stage1.yaml that extends stage1 means the shipped one.
+        return next((path for path in found if named_by is None or not path.samefile(named_by)), found[0])
     shipped = sorted(str(path.relative_to(PRESETS).with_suffix("")) for path in PRESETS.rglob("*.yaml"))
     raise SettingsError(
         f"There is no recipe {name}, neither as a file nor among the shipped ones ({', '.join(shipped)})."
@@ -199,7 +200,7 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> _Node:
     if parent is None:
         return tree
     try:
-        found = find_recipe(str(parent.value), beside=path.parent)
+        found = find_recipe(str(parent.value), named_by=path)
     except SettingsError as error:
         raise SettingsError(f"{parent.where}: {error}") from error
     return _merge(_read(found, (*extended_by, path.resolve())), tree)
