@@ -126,7 +126,7 @@ def load_adapter(
     Args:
         base: the image-LLM or LinVT model to use, itself or where it is; by default the one the folder names.
         revision: of the folder, if it is a repo of the Hub. That of the base is the folder's to say.
-        trainable: keep LinVT in the dtype it was saved in, to go on training; else it takes the base's.
+        trainable: keep LinVT and projector in float32, to go on training; else they take the base's dtype.
         model_kwargs: for the base's `from_pretrained`, e.g. `dtype` or `device_map`.
 
     Raises `ValueError` naming each tensor that is missing, unexpected or of another shape.
@@ -147,7 +147,8 @@ def load_adapter(
     if content["projector"]:
         add_projector(model, content["projector"])
     if trainable:
-        model.video_tokenizer.float()
+        for name in ("video_tokenizer", *model.trained_projector):
+            model.get_submodule(name).float()
     load_weights(model, folder, revision)
     if _find(folder, "processor_config.json", revision) is None:
         return model.eval(), None

@@ -113,15 +113,13 @@ class TrainingSettings:
         if self.lora is not None:
             values.update({f"lora.{name}": value for name, value in vars(self.lora).items()})
         values = {name: value for name, value in values.items() if value is not None}
-        for name in values.keys() & _AT_LEAST_1:
-            if values[name] < 1:
-                fail(name, f"must be at least 1; got {values[name]}.")
-        for name in values.keys() & _ABOVE_0:
-            if values[name] <= 0:
-                fail(name, f"must be above 0; got {values[name]}.")
-        for name in values.keys() & _NOT_NEGATIVE:
-            if values[name] < 0:
-                fail(name, f"must not be negative; got {values[name]}.")
+        for name, value in values.items():
+            if name in _AT_LEAST_1 and value < 1:
+                fail(name, f"must be at least 1; got {value}.")
+            if name in _ABOVE_0 and value <= 0:
+                fail(name, f"must be above 0; got {value}.")
+            if name in _NOT_NEGATIVE and value < 0:
+                fail(name, f"must not be negative; got {value}.")
         if self.warmup >= 1:
             fail("warmup", f"is a share of all steps, below 1; got {self.warmup}.")
         if values.get("lora.dropout", 0) >= 1:
