@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quality style conformance clean
+.PHONY: help install demo test shapes quality style conformance clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,13 @@ demo: install  ## write a short video, make a model folder, ask it a question in
 
 test: install  ## the tests, on CPU
 	$(RUN) -m pytest
+
+shapes: install  ## train a small model from nothing on generated videos, into build/shapes/model
+	$(RUN) -m linvt_hf.shapes data build/shapes/data
+	$(RUN) -m linvt_hf.shapes image-llm build/shapes/image-llm
+	$(VENV)/bin/linvt train shapes/stage1
+	$(VENV)/bin/linvt train shapes/stage2
+	$(VENV)/bin/linvt merge build/shapes/stage2 build/shapes/model
 
 conformance: install  ## the test suite that transformers ships in its source distribution, against our classes
 	$(RUN) modeling_tests/conformance/run.py

@@ -17,7 +17,7 @@ from tiny_models import base_folder, chat, encode, noise_video, wrapped
 from training_data import data_file, linvt_folder, losses, recipe, weights
 from transformers import TrainerCallback
 
-from linvt_hf import LinVTForConditionalGeneration, LinVTProcessor
+from linvt_hf import LinVTConfig, LinVTForConditionalGeneration, LinVTProcessor
 from linvt_hf.cli import main
 from linvt_hf.training import LoraSettings, TrainingSettings, load_adapter, read_settings, train
 from linvt_hf.training import trainer as trainer_module
@@ -34,7 +34,9 @@ LORA = LoraSettings(rank=4)
 
 
 @pytest.mark.parametrize(
-    "path", sorted(PRESETS.rglob("*.yaml")), ids=lambda path: path.relative_to(PRESETS).as_posix()
+    "path",
+    [path for path in sorted(PRESETS.rglob("*.yaml")) if path.parent.name != "shapes"],
+    ids=lambda path: path.relative_to(PRESETS).as_posix(),
 )
 def test_presets(path):
     name = path.relative_to(PRESETS).with_suffix("").as_posix()
@@ -47,9 +49,15 @@ def test_presets(path):
         assert settings.lora == LoraSettings(16, 32, 0.05, None)
 
 
+def test_recipes_of_the_small_model():
+    one, two = read_settings("shapes/stage1"), read_settings("shapes/stage2")
+    assert two.model == one.output and one.lora is None and two.lora == LoraSettings(16, 32, 0.05, None)
+    assert LinVTConfig(hidden_size=8, **one.linvt).num_video_tokens == 32
+
+
 def test_every_base_of_the_paper_has_recipes():
     folders = {path.name for path in PRESETS.iterdir() if path.is_dir()}
-    assert folders == {"blip3", "molmo", "mipha", "internvl2", "qwen2_vl", "aquila"}
+    assert folders == {"blip3", "molmo", "mipha", "internvl2", "qwen2_vl", "aquila", "shapes"}
 
 
 def test_extends_and_overrides(tmp_path):

@@ -36,7 +36,7 @@ FPS = 8
 class Thing:
     """
     One shape and what becomes of it. It is there in frames `appears` <= f < `leaves`, goes evenly from `start` to
-    `end` (centres, in units of the canvas, x to the right and y down) while it is there, and from frame `changes` on it
+    `end` (centres, in units of the canvas, x to the right, y down) while it is there, and from frame `changes` on it
     has colour `later`.
     """
 

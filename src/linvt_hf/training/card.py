@@ -65,7 +65,7 @@ def training_text(settings: "TrainingSettings", facts: dict[str, str]) -> str:
     import yaml
 
     values = settings.to_dict()
-    for name in ("output", "resume", "workers", "feature_cache", "log_every", "save_every"):
+    for name in ("output", "resume", "workers", "feature_cache", "feature_memory", "log_every", "save_every"):
         values.pop(name)  # of the machine, not of the model
     if not is_hub_id(values["model"]):
         values["model"] = None

@@ -102,7 +102,7 @@ class FeatureCache:
         computed = 0
         try:
             pairs = zip(missing, loader, strict=True)
-            for key, frames in tqdm(pairs, "visual features", len(missing), disable=not progress):
+            for key, frames in tqdm(pairs, "visual features", len(missing), disable=None if progress else True):
                 if isinstance(frames, SkippedSample):
                     dataset.report(missing[key].origin, frames)
                     continue

@@ -28,7 +28,7 @@ from .trainer import LinVTTrainer, Report, last_checkpoint
 
 SETTINGS_FILE, SKIPPED_FILE = "settings.yaml", "skipped.jsonl"
 # What may differ when a run is taken up again: it changes how the run goes, not what it learns.
-_FREE = ("output", "resume", "workers", "log_every", "eval_every", "save_every", "feature_cache")
+_FREE = ("output", "resume", "workers", "log_every", "eval_every", "save_every", "feature_cache", "feature_memory")
 
 
 @dataclass
@@ -107,7 +107,9 @@ def train(
     prepare(model, settings)
 
     skipped = folder / SKIPPED_FILE
-    features = None if settings.feature_cache is None else FeatureCache(settings.feature_cache)
+    features = None
+    if settings.feature_cache is not None:
+        features = FeatureCache(settings.feature_cache, memory=settings.feature_memory)
     if data is None:
         say("reading and checking the data")
         data = _dataset(settings, settings.data, processor, skipped, features)

@@ -88,6 +88,7 @@ class TrainingSettings:
     turns: Literal["each", "all"] = "each"  # ours; samples of a conversation with several answers, see ChatDataset
     workers: int = 2  # ours; processes that read videos
     feature_cache: str | None = None  # folder for the frozen encoder's features, filled before training
+    feature_memory: bool = False  # keep them in memory too; for data that fits there
 
     # How it runs
     # Of the frozen base. "auto": bfloat16 under bf16, in whatever it is stored, else float32

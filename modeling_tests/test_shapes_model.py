@@ -1,0 +1,71 @@
+"""The small image-LLM of `shapes`: how its training data is made, and that it learns."""
+
+from random import Random
+
+import pytest
+import torch
+from PIL import Image
+
+from linvt_hf import wrap
+from linvt_hf.shapes import image_llm
+from linvt_hf.shapes.questions import PLACES, ask, place_name
+from linvt_hf.shapes.world import COLOURS, SHAPES, make_scene
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return image_llm.build_tokenizer()
+
+
+def test_every_answer_about_time_is_one_token(tokenizer):
+    for number in range(100):
+        for question in ask(make_scene("video", "test", number), Random(number)):
+            for option in question.options:
+                assert len(tokenizer(option, add_special_tokens=False)["input_ids"]) == 1, option
+
+
+def test_the_tokenizer_reads_any_text_and_is_the_same_every_time(tokenizer):
+    text = "Größe? 视频 <3"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert image_llm.build_tokenizer().get_vocab() == tokenizer.get_vocab()
+    assert len(tokenizer) < image_llm.VOCABULARY  # room for the video token
+
+
+def test_a_sample_learns_answers_only(tokenizer):
+    for number in range(30):
+        scene = make_scene("image", "train", number)
+        sample = image_llm.picture(scene, Random(number), tokenizer)
+        assert len(sample.ids) == len(sample.labels)
+        learned = tokenizer.decode([label for label in sample.labels if label >= 0]).split("<|im_end|>")
+        possible = {answer for seed in range(20) for answer in (q.answer for q in ask(scene, Random(seed)))}
+        assert learned.pop() == "" and set(learned) <= possible
+        assert sample.ids.count(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")) == image_llm.SIDE**2
+
+
+def test_contents_say_what_lies_where():
+    scene = make_scene("image", "train", 3)
+    contents = image_llm.contents(scene).reshape(image_llm.SIDE, image_llm.SIDE, -1)
+    kinds, colours, shapes, places = 48, len(COLOURS), len(SHAPES), len(PLACES)
+    assert contents.shape[2] == kinds + colours + shapes + places
+    for thing in scene.things:
+        column, row = (int(value // (64 / image_llm.SIDE)) for value in thing.start)
+        here = contents[row, column]
+        assert here[list(COLOURS).index(thing.colour) * shapes + SHAPES.index(thing.shape)] == 1
+        assert here[kinds + list(COLOURS).index(thing.colour)] == 1
+        assert here[kinds + colours + SHAPES.index(thing.shape)] == 1
+        assert here[kinds + colours + shapes + PLACES.index(place_name(thing.start))] == 1
+
+
+def test_it_learns_from_a_seed_and_can_be_wrapped(tmp_path):
+    said: list[str] = []
+    model, tokenizer = image_llm.pretrain(3, 3, batch=4, log=said.append)
+    again, _ = image_llm.pretrain(3, 3, batch=4, log=lambda text: None)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+    assert sum(p.numel() for p in model.parameters()) < 2e6
+    image_llm.save(model, tokenizer, tmp_path)
+    wrapped, processor = wrap(tmp_path, num_frames=4, queries_per_scale=[4, 2, 2], bottleneck_size=16, num_heads=2)
+    assert processor.num_video_tokens == 8 and wrapped.config.hidden_size == 128
+    inputs = processor.image_processor([[Image.new("RGB", (64, 64))]], return_tensors="pt")
+    assert len(wrapped.get_image_features(inputs["pixel_values"]).pooler_output[0]) == image_llm.SIDE**2
