@@ -10,10 +10,13 @@ from safetensors.torch import load_file, save_file
 from linvt_hf import video_tokenizer
 from linvt_hf.configuration_linvt import LinVTConfig
 from linvt_hf.video_tokenizer import (
+    Candidates,
     LinearVideoTokenizer,
     PlaceEmbedding,
     PoolingWindows,
+    Remainder,
     normalise_times,
+    novelty,
     select_top_k,
 )
 
@@ -26,7 +29,12 @@ TOY = {
     "num_aggregation_layers": 1,
     "num_selected_tokens": 10,
     "queries_per_scale": (4, 2, 2),
+    # On, so that whatever is promised holds with them; off is tested by name.
+    "num_remainder_tokens": 4,
+    "novelty_gain": 4.0,
 }
+# The selection as the paper has it, from scores alone, and what is not selected is gone.
+PLAIN = {"num_remainder_tokens": 0, "novelty_gain": 0.0}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -79,17 +87,19 @@ def differs(a, b) -> float:
 
 
 @pytest.mark.parametrize("make", [fresh, trained])
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("frames, places, k", [(3, 4, 10), (2, 3, 10), (5, 7, 10), (5, 7, 35), (1, 1, 10)])
-def test_output_is_convex_combination(make, frames, places, k):
+def test_output_is_convex_combination(make, plain, frames, places, k):
     tokens = video(2, frames, places)
-    out = run(make(num_selected_tokens=k), tokens, text_embeds=question(2))
+    out = run(make(num_selected_tokens=k, **(PLAIN if plain else {})), tokens, text_embeds=question(2))
     assert out.weights.shape == (2, 8, frames * places)
     assert out.video_tokens.shape == (2, 8, WIDTH)
     assert out.scores.shape == (2, frames, places)
     close(out.video_tokens, out.weights @ tokens.flatten(1, 2))
     close(out.weights.sum(-1), torch.ones(2, 8))
     assert (out.weights >= 0).all()
-    assert ((out.weights > 0).sum(-1) <= k).all()
+    used = (out.weights > 0).sum(-1)
+    assert (used <= k).all() if plain else (used == frames * places).all()
 
 
 def test_output_lies_in_span_and_weights_can_be_read_back():
@@ -306,27 +316,37 @@ def test_checkpointing_changes_no_gradient(reentrant):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_higher_score_earns_a_higher_weight():
+def candidates(log_significance, seed=4) -> Candidates:
+    count = log_significance.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    features, places = torch.randn(1, count, 16, generator=generator), torch.rand(1, count, 3, generator=generator)
+    return Candidates(features, torch.ones(1, count, dtype=torch.bool), places, log_significance)
+
+
+@pytest.mark.parametrize("averages", [0, 3])
+def test_a_higher_score_earns_a_higher_weight(averages):
     model = trained(num_selected_tokens=12)
-    features, mask = torch.randn(1, 12, 16), torch.ones(1, 12, dtype=torch.bool)
-    places, scores = torch.rand(1, 12, 3), torch.zeros(1, 12, requires_grad=True)
-    weights = model.aggregator(features, mask, places, scores, None, None)
-    (gradient,) = torch.autograd.grad(weights[..., 5].sum(), scores)
+    scores = torch.zeros(1, 12, requires_grad=True)
+    rest = candidates(torch.zeros(1, averages), seed=5) if averages else None
+    weights = model.aggregator(candidates(F.logsigmoid(scores)), rest, None, None)
+    assert weights.shape == (1, 8, 12 + averages)
+    (gradient,) = torch.autograd.grad(weights[..., 5].sum(), scores, retain_graph=True)
     assert gradient[0, 5] > 0
     # In scale 1 every other token loses; weights sum to 1.
-    (gradient,) = torch.autograd.grad(
-        model.aggregator(features, mask, places, scores, None, None)[:, :4, 5].sum(), scores
-    )
+    (gradient,) = torch.autograd.grad(weights[:, :4, 5].sum(), scores)
     assert (gradient[0, [*range(5), *range(6, 12)]] < 0).all()
 
 
 @pytest.mark.parametrize("score", [-30.0, -12.0, 0.0, 30.0])
 def test_equal_scores_weigh_nothing_however_large(score):
     model = trained(num_selected_tokens=12)
-    features, mask, places = torch.randn(1, 12, 16), torch.ones(1, 12, dtype=torch.bool), torch.rand(1, 12, 3)
+
+    def weights(value):
+        level = F.logsigmoid(torch.tensor(value))
+        return model.aggregator(candidates(level.expand(1, 12)), candidates(level.expand(1, 3), 5), None, None)
+
     with torch.no_grad():
-        expected = model.aggregator(features, mask, places, torch.zeros(1, 12), None, None)
-        close(model.aggregator(features, mask, places, torch.full((1, 12), score), None, None), expected)
+        close(weights(score), weights(0.0))
 
 
 # ---- time and order ----
@@ -462,18 +482,93 @@ def test_ties_spread_over_the_video(places):
 
 
 def test_a_fresh_tokenizer_samples_every_moment():
-    model = fresh(bottleneck_size=64, num_selected_tokens=64)
+    model = fresh(bottleneck_size=64, num_selected_tokens=64, **PLAIN)
     index, _ = select_top_k(run(model, video(1, 16, 16)).scores, None, 64)
     per_frame = (index[0] // 16).bincount(minlength=16)
     assert per_frame.min() >= 2 and per_frame.max() <= 6
 
 
-def test_selected_tokens_are_the_only_ones_weighed():
-    model, tokens = trained(), video(1, 5, 7)
+def test_without_a_remainder_selected_tokens_are_the_only_ones_weighed():
+    model, tokens = trained(**PLAIN), video(1, 5, 7)
     out = run(model, tokens)
     index, _ = select_top_k(out.scores, None, 10)
     used = (out.weights[0] > 0).any(0).nonzero().flatten()
     assert torch.equal(used, index[0])
+
+
+# ---- what is new, and what is left ----
+
+
+def test_novelty_is_where_a_picture_changes():
+    tokens = video(1, 1, 6).expand(1, 8, 6, WIDTH).clone()
+    tokens[0, 5:, 2] = video(1, 1, 1, seed=9)[0, 0, 0]
+    change = novelty(tokens, None)
+    assert change.shape == (1, 8, 6)
+    assert (change[0, 0] == 1).all()
+    assert change[0, 5, 2] > 0.5
+    change[0, 0], change[0, 5, 2] = 0, 0
+    assert change.abs().max() < 1e-5
+    close(novelty(3 * tokens, None)[0, 5], novelty(tokens, None)[0, 5])  # whatever the scale
+
+
+def test_novelty_knows_padding():
+    tokens = video(2, 4, 3)
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]).bool()
+    change = novelty(tokens, mask)
+    close(change[0, :3], novelty(tokens[:1, :3], None)[0])
+    close(change[1, 1:], novelty(tokens[1:, 1:], None)[0])
+
+
+def test_a_fresh_tokenizer_keeps_the_only_event_of_a_quiet_video():
+    tokens = video(1, 1, 16).expand(1, 64, 16, WIDTH).clone()
+    tokens[0, 40:42, 3] = video(1, 1, 1, seed=9)[0, 0, 0]
+    out = run(fresh(num_selected_tokens=32), tokens)
+    index, _ = select_top_k(out.scores, None, 32)
+    assert 40 * 16 + 3 in index[0].tolist()
+
+
+def test_the_remainder_averages_what_is_left_by_stretches_of_time():
+    scores = torch.zeros(1, 4, 3)
+    index, kept = torch.tensor([[0, 1, 2, 4]]), torch.ones(1, 4, dtype=torch.bool)
+    times = normalise_times(None, None, 1, 4, "cpu")
+    rest = Remainder(scores, index, kept, None, times, 2)
+    assert rest.mask.tolist() == [[True, True]]
+    expected = torch.zeros(2, 12)
+    expected[0, [3, 5]] = 1 / 2  # frames 0 and 1, without the four that were kept
+    expected[1, 6:] = 1 / 6
+    close(rest.share[0], expected)
+    values = video(1, 4, 3)
+    close(rest.pool(values)[0], expected @ values.flatten(1, 2)[0])
+    close(rest.log_significance, torch.zeros(1, 2))
+
+
+def test_significant_tokens_weigh_more_in_the_remainder():
+    scores = torch.randn(1, 2, 4)
+    rest = Remainder(
+        scores, torch.tensor([[0]]), torch.ones(1, 1).bool(), None, normalise_times(None, None, 1, 2, "cpu"), 1
+    )
+    close(rest.share[0, 0, 1:], scores.flatten()[1:].softmax(0))
+    close(rest.log_significance[0, 0], scores.flatten()[1:].exp().mean().log())
+
+
+def test_stretches_without_a_remainder_weigh_nothing():
+    index = torch.arange(6)[None]
+    rest = Remainder(
+        torch.zeros(1, 4, 3), index, torch.ones(1, 6).bool(), None, normalise_times(None, None, 1, 4, "cpu"), 2
+    )
+    assert rest.mask.tolist() == [[False, True]]
+    assert (rest.share[0, 0] == 0).all() and rest.share.isfinite().all()
+
+
+def test_scores_learn_from_tokens_that_were_not_kept():
+    model = fresh(num_selected_tokens=2)
+    tokens = video(1, 4, 3)
+    index, _ = select_top_k(run(model, tokens).scores, None, 2)
+    scores = []
+    model.scorer.register_forward_hook(lambda module, inputs, output: scores.append(output[1]))
+    out = model(tokens)
+    (gradient,) = torch.autograd.grad(out.video_tokens.square().sum(), scores[0])
+    assert (gradient.flatten() != 0).sum() > 2
 
 
 # ---- MTP ----
@@ -701,6 +796,8 @@ def check_initial(name, value, config):
         close(value, torch.tensor([center for center, _ in cells]))
     elif name.endswith("log_widths"):
         close(value.exp(), torch.tensor([width for _, width in cells]))
+    elif name == "scorer.novelty_gain":
+        assert value.item() == config.novelty_gain
     elif name == "scorer.score.weight":
         assert 0 < value.abs().max() < 1e-3  # nearly equal scores
     elif "norm" in name and name.endswith("weight"):
@@ -722,8 +819,8 @@ def test_initial_values(settings):
         check_initial(name, parameter.detach(), model.config)
 
 
-def test_a_fresh_tokenizer_scores_nearly_alike():
-    scores = run(fresh(), video(2, 5, 7)).scores
+def test_a_fresh_tokenizer_scores_nearly_alike_but_for_novelty():
+    scores = run(fresh(novelty_gain=0), video(2, 5, 7)).scores
     assert 0 < scores.std() < 5e-3
 
 
@@ -735,6 +832,7 @@ def test_a_fresh_tokenizer_scores_nearly_alike():
         "aggregator.queries",
         "aggregator.no_text",
         "scorer.score.weight",
+        "scorer.novelty_gain",
         "scorer.norm.weight",
         "scorer.embed_time.linear.weight",
         "aggregator.layers.0.text_attention.output.bias",

@@ -19,6 +19,7 @@ _LEAST = {
     "num_aggregation_layers": 0,
     "mlp_ratio": 1,
     "num_selected_tokens": 1,
+    "num_remainder_tokens": 0,
     "pooling_scales": 1,
     "queries_per_scale": 1,
     "frames_per_chunk": 1,
@@ -42,6 +43,9 @@ class LinVTConfig(PreTrainedConfig):
         num_aggregation_layers: layers of self-, visual and text attention in TTA.
         mlp_ratio: width of each feed-forward block, in multiples of `bottleneck_size`.
         num_selected_tokens: k of the top-k over all frames and places together.
+        num_remainder_tokens: what top-k leaves out is averaged over so many stretches of time (ours); 0 drops it.
+        novelty_gain: how much of a token's score is, at first, its difference to the token before it at the same place
+            (ours); learned from there.
         pooling_scales: kernels of the average pooling in MTP.
         queries_per_scale: learnable queries of each scale; their sum is the number of tokens the LLM sees.
         text_conditioning: whether TTA reads the question. Off, a video's tokens are the same for every question.
@@ -64,6 +68,8 @@ class LinVTConfig(PreTrainedConfig):
     num_aggregation_layers: int = 2  # ours; paper: "L"; authors' code: 8
     mlp_ratio: int = 4  # ours
     num_selected_tokens: int = 1024  # authors' code
+    num_remainder_tokens: int = 0  # paper: what is not selected is dropped
+    novelty_gain: float | int = 0.0  # paper: scores are learned from nothing
     pooling_scales: list[int] | tuple[int, ...] = (1, 2, 4)  # paper
     queries_per_scale: list[int] | tuple[int, ...] = (32, 16, 16)  # ours; authors' code: 16 to 64 in all
     text_conditioning: bool = True  # paper

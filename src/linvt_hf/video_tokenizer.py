@@ -7,6 +7,7 @@ that is learned works in a bottleneck of width d and ends in weights; the values
     SVR, spatio-temporal visual token refiner
         SignificanceScorer    SSS: scores every token in its frame and across frames
         select_top_k          keeps the k best of all frames and places, in the video's order
+        Remainder             averages what top-k leaves out, so that nothing is lost for good (ours)
         PoolingWindows        MTP: averages neighbours at several scales
     TTA, text-conditioned token aggregator
         TextConditionedAggregator    queries read themselves, the kept tokens and the question, then weigh the tokens
@@ -130,6 +131,7 @@ class SignificanceScorer(nn.Module):
         self.layers = nn.ModuleList(ScoringLayer(config) for _ in range(config.num_scoring_layers))
         self.norm = nn.LayerNorm(config.bottleneck_size)
         self.score = ScoreHead(config.bottleneck_size, 1)
+        self.novelty_gain = nn.Parameter(torch.empty(1))
 
     def forward(self, visual_tokens: Tensor, frame_mask: Tensor | None, times: Tensor, grid: Tensor):
         # [B, T, N, D], [B, T], [B, T], [N, 2] -> features [B, T, N, d], scores [B, T, N]
@@ -139,11 +141,28 @@ class SignificanceScorer(nn.Module):
         rms = rms / math.sqrt(visual_tokens.shape[-1])
         x = self.project(visual_tokens)
         x = x / rms.clamp(min=1e-4).to(x.dtype)
+        news = novelty(x.detach(), frame_mask)
         x = x + self.embed_time(times[..., None], x.dtype)[:, :, None] + self.embed_place(grid, x.dtype)
         for layer in self.layers:
             x = layer(x, frame_mask)
         x = self.norm(x)
-        return x, self.score(x).squeeze(-1).float()
+        return x, self.score(x).squeeze(-1).float() + self.novelty_gain.float() * news
+
+
+def novelty(x: Tensor, frame_mask: Tensor | None) -> Tensor:
+    """
+    How much a token differs from the one at its place in the frame before (ours), [B, T, N, d] -> [B, T, N] float32.
+
+    One minus the cosine, 0 for a picture that stands still; 1 in a video's first frame. Where scores start from it,
+    top-k keeps what is new, and a long quiet video loses none of its few events.
+    """
+    unit = F.normalize(x.float(), dim=-1)
+    change = 1 - (unit[:, 1:] * unit[:, :-1]).sum(dim=-1)
+    change = F.pad(change, (0, 0, 1, 0), value=1.0)
+    if frame_mask is not None:
+        first = ~F.pad(frame_mask, (1, 0))[:, :-1]  # nothing, or padding, before it
+        change = torch.where(first[..., None], 1.0, change)
+    return change
 
 
 def select_top_k(scores: Tensor, frame_mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
@@ -173,6 +192,50 @@ def select_top_k(scores: Tensor, frame_mask: Tensor | None, k: int) -> tuple[Ten
     mask = real.gather(1, index)
     index = torch.where(mask, index, index + count).sort().values  # padding goes last, whatever its place
     return index % count, index < count
+
+
+@dataclass
+class Candidates:
+    """Tokens that queries may weigh: features [B, K, d], mask [B, K], places [B, K, 3] and significance [B, K]."""
+
+    features: Tensor
+    mask: Tensor
+    places: Tensor
+    log_significance: Tensor
+
+
+class Remainder:
+    """
+    What top-k leaves out, averaged over equal stretches of time (ours): a plain top-k throws it away, and with it what
+    a scorer has not yet learned to look for.
+
+    `share` [B, R, T * N] holds what each token contributes to its stretch, the significant ones more, so that a
+    token's score learns here too; `mask` [B, R] is True for stretches of which something is left.
+    """
+
+    def __init__(
+        self,
+        log_significance: Tensor,
+        index: Tensor,
+        kept: Tensor,
+        frame_mask: Tensor | None,
+        times: Tensor,
+        count: int,
+    ):
+        batch, frames, places = log_significance.shape
+        left = torch.ones_like(times, dtype=torch.bool) if frame_mask is None else frame_mask
+        left = repeat(left, "b t -> b (t n)", n=places)
+        left = left.scatter(1, index, left.gather(1, index) & ~kept)
+        stretch = (times * count).long().clamp(max=count - 1)  # [B, T]
+        stretch = repeat(stretch, "b t -> b 1 (t n)", n=places)
+        member = (stretch == torch.arange(count, device=times.device)[:, None]) & left[:, None]  # [B, R, T * N]
+        logits = log_significance.flatten(1)[:, None].masked_fill(~member, torch.finfo(torch.float32).min)
+        self.share = logits.softmax(dim=-1) * member
+        self.mask = member.any(dim=-1)
+        self.log_significance = logits.logsumexp(dim=-1) - member.sum(dim=-1).clamp(min=1).log()
+
+    def pool(self, x: Tensor) -> Tensor:  # [B, T, N, c] -> [B, R, c]
+        return self.share.to(x.dtype) @ x.flatten(1, 2)
 
 
 class PoolingWindows:
@@ -272,37 +335,45 @@ class TextConditionedAggregator(nn.Module):
         words = words + self.embed_word_order(position[..., None], words.dtype)
         return torch.cat([text, words], dim=1), F.pad(text_mask, (1, 0), value=True)
 
-    def forward(self, tokens: Tensor, mask: Tensor, places: Tensor, scores: Tensor, text_embeds, text_mask) -> Tensor:
-        # tokens [B, k, d], mask [B, k], places [B, k, 3], scores [B, k] -> weights [B, M, k]
-        windows = [PoolingWindows(mask, kernel) for kernel in self.config.pooling_scales]
-        features = [window.pool(tokens) for window in windows]
-        text, text_mask = self.read_text(len(tokens), text_embeds, text_mask)
+    def forward(self, kept: Candidates, rest: Candidates | None, text_embeds, text_mask) -> Tensor:
+        # k tokens kept and R averages of the rest -> weights [B, M, k + R]
+        windows = [PoolingWindows(kept.mask, kernel) for kernel in self.config.pooling_scales]
+        # The averages are as coarse as they should be: every scale sees them as they are.
+        features = [_with(window.pool(kept.features), rest and rest.features) for window in windows]
+        masks = [_with(window.mask, rest and rest.mask) for window in windows]
+        text, text_mask = self.read_text(len(kept.features), text_embeds, text_mask)
         queries = self.queries + self.embed_center(self.centers, self.queries.dtype)
-        queries = queries.expand(len(tokens), -1, -1)  # [B, M, d]
+        queries = queries.expand(len(kept.features), -1, -1)  # [B, M, d]
         sizes = self.config.queries_per_scale
-        masks = [window.mask for window in windows]
         for layer in self.layers:
             queries = layer(queries, text, text_mask, sizes, masks, *features)
 
         queries = self.to_query(self.query_norm(queries)) / math.sqrt(queries.shape[-1])
         keys = [self.to_key(x) for x in features]
-        with _without_autocast(tokens.device.type):
-            return self._weigh(queries.float(), keys, windows, places, F.logsigmoid(scores))
+        with _without_autocast(queries.device.type):
+            return self._weigh(queries.float(), keys, masks, windows, kept, rest)
 
-    def _weigh(self, queries, keys, windows, places, log_significance) -> Tensor:
+    def _weigh(self, queries, keys, masks, windows, kept: Candidates, rest: Candidates | None) -> Tensor:
         """Linear aggregation: one softmax over the tokens for each query, in float32, and nothing after it but V."""
         sizes = self.config.queries_per_scale
-        parts = (queries.split(sizes, dim=1), self.centers.split(sizes), self.log_widths.split(sizes), keys, windows)
+        parts = (queries.split(sizes, dim=1), self.centers.split(sizes), self.log_widths.split(sizes))
         weights = []
-        for query, center, log_width, key, window in zip(*parts, strict=True):
-            logits = query @ key.float().transpose(1, 2)  # [B, M_s, W]
-            offset = window.pool(places)[:, None] - center.float()[:, None]  # [B, M_s, W, 3]
+        for query, center, log_width, key, mask, window in zip(*parts, keys, masks, windows, strict=True):
+            logits = query @ key.float().transpose(1, 2)  # [B, M_s, W + R]
+            places = _with(window.pool(kept.places), rest and rest.places)
+            offset = places[:, None] - center.float()[:, None]  # [B, M_s, W + R, 3]
             logits = logits - 0.5 * (offset / log_width.float().exp()[:, None]).square().sum(dim=-1)
             # The gradient path of the scores: a token that SSS finds insignificant weighs less (ours).
-            logits = logits + window.pool_log(log_significance)[:, None]
-            logits = logits.masked_fill(~window.mask[:, None], torch.finfo(logits.dtype).min)
-            weights.append(window.spread(logits.softmax(dim=-1)))
+            significance = _with(window.pool_log(kept.log_significance), rest and rest.log_significance)
+            logits = (logits + significance[:, None]).masked_fill(~mask[:, None], torch.finfo(logits.dtype).min)
+            share = logits.softmax(dim=-1)
+            count = window.mask.shape[1]
+            weights.append(_with(window.spread(share[..., :count]), share[..., count:], dim=2))
         return torch.cat(weights, dim=1)
+
+
+def _with(first: Tensor, second: Tensor | None, dim: int = 1) -> Tensor:
+    return first if second is None else torch.cat([first, second], dim=dim)
 
 
 class LinVTPreTrainedModel(PreTrainedModel):
@@ -334,6 +405,8 @@ class LinVTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, SignificanceScorer):
+            init.constant_(module.novelty_gain, self.config.novelty_gain)
         elif isinstance(module, TextConditionedAggregator):
             centers, widths = zip(*self.config.query_cells(), strict=True)
             init.normal_(module.queries, std=std)
@@ -394,18 +467,31 @@ class LinearVideoTokenizer(LinVTPreTrainedModel):
 
         features, scores = self.scorer(visual_tokens, frame_mask, times, grid_places)
         index, mask = select_top_k(scores, frame_mask, self.config.num_selected_tokens)  # [B, k]
+        log_significance = F.logsigmoid(scores)
+        place = torch.cat([times.gather(1, index // places)[..., None], grid_places[index % places]], dim=-1)
+        kept = Candidates(take(features, index), mask, place, log_significance.flatten(1).gather(1, index))
+        rest, remainder = None, None
+        if self.config.num_remainder_tokens and index.shape[1] < frames * places:
+            remainder = Remainder(log_significance, index, mask, frame_mask, times, self.config.num_remainder_tokens)
+            everywhere = torch.cat(
+                [repeat(times, "b t -> b t n 1", n=places), repeat(grid_places, "n c -> b t n c", b=batch, t=frames)],
+                dim=-1,
+            )  # [B, T, N, 3]
+            rest = Candidates(
+                remainder.pool(features), remainder.mask, remainder.pool(everywhere), remainder.log_significance
+            )
 
-        place = torch.cat(
-            [times.gather(1, index // places)[..., None], grid_places[index % places]], dim=-1
-        )  # [B, k, 3]
-        weights = self.aggregator(
-            take(features, index), mask, place, scores.flatten(1).gather(1, index), text_embeds, text_mask
-        )  # [B, M, k]
-        weights = weights.to(visual_tokens.dtype)
+        weights = self.aggregator(kept, rest, text_embeds, text_mask).to(visual_tokens.dtype)  # [B, M, k + R]
+        selected, averaged = weights.split([index.shape[1], weights.shape[2] - index.shape[1]], dim=2)
+        video_tokens = selected @ take(visual_tokens, index)
+        if remainder is not None:
+            video_tokens = video_tokens + averaged @ remainder.pool(visual_tokens)
+        if output_weights:
+            weights = _scatter(selected, index, frames * places)
+            if remainder is not None:
+                weights = weights + averaged @ remainder.share.to(weights.dtype)
         return VideoTokenizerOutput(
-            video_tokens=weights @ take(visual_tokens, index),
-            weights=_scatter(weights, index, frames * places) if output_weights else None,
-            scores=scores,
+            video_tokens=video_tokens, weights=weights if output_weights else None, scores=scores
         )
 
 
