@@ -210,8 +210,8 @@ def test_rates_and_decay():
     }
     assert set().union(*found.values()) == {name for name, p in model.named_parameters() if p.requires_grad}
     free = found["linvt/no_decay"]
-    for name in ("queries", "centers", "log_widths"):
-        assert f"video_tokenizer.aggregator.{name}" in free
+    for name in ("aggregator.queries", "aggregator.centers", "aggregator.log_widths", "scorer.novelty_gain"):
+        assert f"video_tokenizer.{name}" in free
     assert all(len(model.get_parameter(name).shape) > 1 for name in found["linvt"])
     assert any("norm" in name and name.endswith("weight") for name in free)
 

@@ -27,8 +27,8 @@ from .card import training_text
 from .labels import IGNORED
 from .settings import TrainingSettings
 
-# LinVT's parameters that are places and not maps: decay would pull every query to the video's start.
-NO_DECAY = ("queries", "centers", "log_widths", "no_text")
+# LinVT's parameters that are no maps: decay would pull every query to the video's start, and forget what is new.
+NO_DECAY = ("queries", "centers", "log_widths", "no_text", "novelty_gain")
 
 
 class LinVTTrainer(Trainer):
