@@ -34,12 +34,42 @@ def test_the_tokenizer_reads_any_text_and_is_the_same_every_time(tokenizer):
 def test_a_sample_learns_answers_only(tokenizer):
     for number in range(30):
         scene = make_scene("image", "train", number)
-        sample = image_llm.picture(scene, Random(number), tokenizer)
-        assert len(sample.ids) == len(sample.labels)
+        sample = image_llm.pictures_sample(scene, Random(number), tokenizer)
+        assert len(sample.ids) == len(sample.labels) == len(sample.block)
         learned = tokenizer.decode([label for label in sample.labels if label >= 0]).split("<|im_end|>")
         possible = {answer for seed in range(20) for answer in (q.answer for q in ask(scene, Random(seed)))}
         assert learned.pop() == "" and set(learned) <= possible
-        assert sample.ids.count(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")) == image_llm.SIDE**2
+        places = sample.ids.count(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
+        assert places == image_llm.SIDE**2 * len(sample.pixels)
+        assert sample.contents.shape[:2] == (len(sample.pixels), image_llm.SIDE**2)
+
+
+def test_a_question_sees_the_pictures_and_itself_only(tokenizer):
+    """Several questions in one prompt get the logits that each gets alone."""
+    model = image_llm.build_image_llm(tokenizer).eval()
+    scene = make_scene("image", "train", 1)
+    questions = ask(scene, Random(1))
+
+    def logits(asked):
+        sample = image_llm.Sample(image_llm.draw(scene, 0)[None], image_llm.contents(scene)[None])
+        image_llm.ask_about(sample, asked, tokenizer)
+        inputs, _ = image_llm.collate([sample], model)
+        learned = torch.tensor(sample.labels) >= 0
+        return model(**inputs).logits[0, learned]
+
+    with torch.no_grad():
+        together, apart = logits(questions), torch.cat([logits([question]) for question in questions])
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
+
+
+def test_every_thing_is_in_one_of_a_prompts_pictures():
+    counts = set()
+    for number in range(60):
+        scene = make_scene("image", "train", number)
+        layers = image_llm.layered(scene, Random(number))
+        counts.add(len(layers))
+        assert {thing for layer in layers for thing in layer.things} == set(scene.things)
+    assert counts == {1, 2, 3, 4}
 
 
 def test_contents_say_what_lies_where():

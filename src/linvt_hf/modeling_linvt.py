@@ -186,8 +186,12 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
         text = None if question_ids is None else self.get_input_embeddings()(question_ids.to(self.base.device))
 
         rows: list[tuple] = [()] * len(videos)
-        for grid in dict.fromkeys(grids):  # videos whose frames have the same shape make one batch
-            members = [index for index, other in enumerate(grids) if other == grid]
+        # Videos whose frames have the same shape make one batch, unless some are more than twice as long as others:
+        # then most of it would be padding.
+        alike = [(grid, (count - 1).bit_length()) for grid, count in zip(grids, counts, strict=True)]
+        for kind in dict.fromkeys(alike):
+            members = [index for index, other in enumerate(alike) if other == kind]
+            grid = kind[0]
             lengths = [counts[index] for index in members]
             device = videos[members[0]].device
             chosen = torch.tensor(members, device=device)

@@ -41,13 +41,23 @@ class Test:
 
     Args:
         records: the JSONL file.
-        features: visual features that are there already, or are kept; None reads the videos each time.
+        features, model: keeps visual features, and computes those that are missing; None reads the videos each time.
+        num_frames: frames of a video; None for the processor's number.
     """
 
-    def __init__(self, records: str | Path, processor, features: FeatureCache | None = None):
+    def __init__(
+        self,
+        records: str | Path,
+        processor,
+        features: FeatureCache | None = None,
+        model=None,
+        num_frames: int | None = None,
+    ):
         self.records = [json.loads(line) for line in Path(records).read_text(encoding="utf-8").splitlines()]
-        self.dataset = ChatDataset([DataSource(str(records))], processor, features=features)
+        self.dataset = ChatDataset([DataSource(str(records))], processor, features=features, num_frames=num_frames)
         self.processor = processor
+        if features is not None:
+            features.fill(model, self.dataset, progress=False)
 
     @torch.no_grad()
     def score(self, model, batch_size: int = 64) -> Score:

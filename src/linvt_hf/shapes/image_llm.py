@@ -10,20 +10,23 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor, nn
 from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
-from .questions import PLACES, ask, place_name
-from .world import CANVAS, COLOURS, SHAPES, Scene, draw, make_scene
+from ..training.labels import IGNORED
+from .questions import PLACES, Question, ask, place_name
+from .world import CANVAS, COLOURS, SHAPES, Scene, Thing, draw, make_scene
 
 VOCABULARY = 640
 PATCH = 8
@@ -112,36 +115,76 @@ def build_image_llm(tokenizer: PreTrainedTokenizerFast) -> InternVLForConditiona
 
 
 @dataclass
-class Picture:
-    """One training sample: pixels uint8 [64, 64, 3], ids and labels of its conversation, [S]."""
+class Sample:
+    """
+    One prompt of pretraining: pictures, and several questions of which each sees the pictures and itself only.
+
+    pixels: uint8 [P, 64, 64, 3]. contents: [P, tokens, what may lie there], see `contents`.
+    ids, labels, block: [S]; block 0 is what all questions see, the others are a question and its answer each.
+    """
 
     pixels: np.ndarray
-    ids: list[int]
-    labels: list[int]
-    contents: np.ndarray  # [tokens, colours + shapes], how much of each lies in each token's part
+    contents: np.ndarray
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    block: list[int] = field(default_factory=list)
+
+    def add(self, ids: list[int], block: int, learn: bool = False) -> None:
+        self.ids += ids
+        self.labels += ids if learn else [IGNORED] * len(ids)
+        self.block += [block] * len(ids)
 
 
-def picture(scene: Scene, random: Random, tokenizer, text: bool = True) -> Picture:
-    if not text:
-        return Picture(draw(scene, 0), [], [], contents(scene))
-    questions = ask(scene, random)
-    description = questions.pop()
-    random.shuffle(questions)
-    # A description alone or last, never first: what follows it could be read off the text instead of the picture.
-    turns = random.choice([[description], [*questions[:3], description], [*questions[:3], description], questions[:5]])
-    ids, labels = [], []
+def pictures_sample(scene: Scene, random: Random, tokenizer, questions: int = 6) -> Sample:
+    """
+    A scene in one to four pictures, each of which shows some of its things, and what is asked about it.
 
-    def add(text: str, learn: bool = False):
-        new = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids.extend(new)
-        labels.extend(new if learn else [-100] * len(new))
+    Image-LLMs of this architecture read large images as several tiles and several images a prompt, so they are used
+    to any number of visual tokens and to a thing that is seen more than once; this one learns it here.
+    """
+    layers = layered(scene, random)
+    sample = Sample(
+        np.stack([as_file(draw(layer, 0), random) for layer in layers]), np.stack([contents(s) for s in layers])
+    )
+    *asked, description = ask(scene, random)
+    asked = random.sample(asked, min(questions, len(asked)))
+    if random.random() < 0.5:
+        asked.append(description)
+    ask_about(sample, asked, tokenizer)
+    return sample
 
-    for index, question in enumerate(turns):
-        image = "<img>" + "<IMG_CONTEXT>" * SIDE**2 + "</img>\n" if index == 0 else ""
-        add(f"<|im_start|>user\n{image}{question.text}<|im_end|>\n<|im_start|>assistant\n")
-        add(f"{question.answer}<|im_end|>", learn=True)
-        add("\n")
-    return Picture(draw(scene, 0), ids, labels, contents(scene))
+
+def ask_about(sample: Sample, questions: list[Question], tokenizer) -> None:
+    """Appends the prompt's beginning, with the pictures' places, and each question with its answer."""
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    sample.add(ids("<|im_start|>user\n<img>" + "<IMG_CONTEXT>" * SIDE**2 * len(sample.pixels) + "</img>\n"), 0)
+    for block, question in enumerate(questions, 1):
+        sample.add(ids(f"{question.text}<|im_end|>\n<|im_start|>assistant\n"), block)
+        sample.add(ids(f"{question.answer}<|im_end|>"), block, learn=True)
+
+
+def layered(scene: Scene, random: Random) -> list[Scene]:
+    """The scene as it is, or spread over two to four pictures: each thing is in at least one of them."""
+    count = random.choice((1, 1, 1, 2, 3, 4))
+    if count == 1:
+        return [scene]
+    layers: list[list[Thing]] = [[] for _ in range(count)]
+    for thing in scene.things:
+        for layer in random.sample(layers, random.randint(1, count)):
+            layer.append(thing)
+    return [replace(scene, things=tuple(things)) for things in layers]
+
+
+def as_file(picture: np.ndarray, random: Random) -> np.ndarray:
+    """Half of the pictures as a JPEG file would give them back: colours in half the resolution, as in a video."""
+    if random.random() < 0.5:
+        return picture
+    file = BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=random.randint(80, 95))
+    return np.asarray(Image.open(file))
 
 
 def contents(scene: Scene) -> np.ndarray:
@@ -169,13 +212,13 @@ class ContentsHead(nn.Linear):
     def __init__(self, width: int):
         super().__init__(width, len(COLOURS) * len(SHAPES) + len(COLOURS) + len(SHAPES) + len(PLACES))
 
-    def loss(self, tokens: Tensor, target: Tensor) -> Tensor:  # [B, 16, D], [B, 16, contents]
+    def loss(self, tokens: Tensor, target: Tensor) -> Tensor:  # [P, 16, D], [P, 16, contents]
         return F.binary_cross_entropy_with_logits(self(tokens), target, reduction="none").sum(dim=-1).mean()
 
 
 def pretrain(
     vision_steps: int = 2500,
-    steps: int = 2000,
+    steps: int = 3000,
     batch: int = 32,
     rate: float = 2e-3,
     seed: int = 0,
@@ -183,7 +226,7 @@ def pretrain(
 ) -> tuple[InternVLForConditionalGeneration, PreTrainedTokenizerFast]:
     """
     First the vision encoder alone, by what lies where; then all of it, by questions and descriptions. No scene is
-    seen twice. About 40 minutes on two CPU cores.
+    seen twice.
     """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
@@ -194,49 +237,58 @@ def pretrain(
     scenes = (make_scene("image", "train", number) for number in itertools.count())
     random = Random(seed)
     model.train()
-    _run(
-        lambda inputs: head.loss(_features(model, inputs), inputs["contents"]),
-        [*vision, *head.parameters()],
-        ((picture(scene, random, tokenizer, text=False) for scene in scenes), tokenizer, batch),
-        vision_steps,
-        rate,
-        log,
-        "vision",
-    )
 
-    def loss(inputs):
-        features = _features(model, inputs)
-        embeds = model.get_input_embeddings()(inputs["input_ids"])
-        embeds = embeds.masked_scatter((inputs["input_ids"] == model.config.image_token_id)[..., None], features)
-        # Padding comes last, so causal attention needs no mask.
-        answers = model(inputs_embeds=embeds, labels=inputs["labels"]).loss
-        return answers + 0.25 * head.loss(features, inputs["contents"])
+    def see() -> Tensor:
+        several = list(itertools.islice(scenes, batch))
+        target = torch.from_numpy(np.stack([contents(scene) for scene in several]))
+        return head.loss(visual_tokens(model, np.stack([as_file(draw(s, 0), random) for s in several])), target)
 
-    _run(
-        loss,
-        [*model.parameters(), *head.parameters()],
-        ((picture(scene, random, tokenizer) for scene in scenes), tokenizer, batch),
-        steps,
-        rate / 2,
-        log,
-        "all",
-    )
+    def answer() -> Tensor:
+        samples = [pictures_sample(scene, random, tokenizer) for scene in itertools.islice(scenes, batch)]
+        inputs, tokens = collate(samples, model)
+        target = torch.from_numpy(np.concatenate([sample.contents for sample in samples]))
+        return model(**inputs).loss + 0.25 * head.loss(tokens, target)
+
+    _run(see, [*vision, *head.parameters()], vision_steps, rate, log, "vision")
+    _run(answer, [*model.parameters(), *head.parameters()], steps, rate / 2, log, "all")
     return model.eval(), tokenizer
 
 
-def _features(model, inputs) -> Tensor:
-    return model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
+def visual_tokens(model, pixels: np.ndarray) -> Tensor:  # uint8 [P, 64, 64, 3] -> [P, 16, D]
+    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
 
 
-def _run(loss_of, parameters, data, steps: int, rate: float, log, name: str) -> None:
-    samples, tokenizer, batch = data
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
+def collate(samples: list[Sample], model) -> tuple[dict[str, Tensor], Tensor]:
+    """The model's inputs, and the visual tokens among them, [P, 16, D]."""
+    length = max(len(sample.ids) for sample in samples)
+    ids, labels, block = (torch.full((len(samples), length), value) for value in (0, IGNORED, -1))
+    for row, sample in enumerate(samples):
+        n = len(sample.ids)
+        ids[row, :n], labels[row, :n] = torch.tensor(sample.ids), torch.tensor(sample.labels)
+        block[row, :n] = torch.tensor(sample.block)
+    seen = (block[:, None] == block[:, :, None]) | (block[:, None] == 0)  # [B, S, S]: queries, keys
+    seen = seen.tril()
+    tokens = visual_tokens(model, np.concatenate([sample.pixels for sample in samples]))
+    embeds = model.get_input_embeddings()(ids)
+    embeds = embeds.masked_scatter((ids == model.config.image_token_id)[..., None], tokens)
+    inputs = {
+        "inputs_embeds": embeds,
+        "labels": labels,
+        "attention_mask": seen[:, None],
+        "position_ids": seen.sum(dim=-1) - 1,  # as if no other question stood between
+    }
+    return inputs, tokens
+
+
+def _run(loss_of: Callable[[], Tensor], parameters, steps: int, rate: float, log, name: str) -> None:
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
     started = time.monotonic()
     for step in range(1, steps + 1):
-        loss = loss_of(collate(list(itertools.islice(samples, batch)), tokenizer))
+        loss = loss_of()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -246,47 +298,21 @@ def _run(loss_of, parameters, data, steps: int, rate: float, log, name: str) -> 
             log(f"{name} step {step}/{steps}: loss {loss.item():.3f}, {time.monotonic() - started:.0f} s")
 
 
-def collate(samples: list[Picture], tokenizer) -> dict[str, Tensor]:
-    length = max(len(sample.ids) for sample in samples)
-    ids = torch.full((len(samples), length), tokenizer.pad_token_id)
-    labels = torch.full((len(samples), length), -100)
-    mask = torch.zeros(len(samples), length, dtype=torch.long)
-    for row, sample in enumerate(samples):
-        n = len(sample.ids)
-        ids[row, :n], labels[row, :n], mask[row, :n] = torch.tensor(sample.ids), torch.tensor(sample.labels), 1
-    pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples])).permute(0, 3, 1, 2)
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "attention_mask": mask,
-        "pixel_values": pixels.float() / 127.5 - 1,
-        "contents": torch.from_numpy(np.stack([sample.contents for sample in samples])),
-    }
-
-
 @torch.no_grad()
 def evaluate(model, tokenizer, scenes: int = 200) -> dict[str, float]:
     """Share of answers that greedy decoding would give word for word, by kind of question."""
     right: dict[str, list[bool]] = {}
     for number in range(scenes):
         scene = make_scene("image", "validation", number)
-        samples, kinds = [], []
-        for question in ask(scene, Random(number)):
-            prompt = (
-                "<|im_start|>user\n<img>" + "<IMG_CONTEXT>" * SIDE**2 + f"</img>\n{question.text}<|im_end|>\n"
-                "<|im_start|>assistant\n"
-            )
-            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            answer = tokenizer(question.answer + "<|im_end|>", add_special_tokens=False)["input_ids"]
-            samples.append(Picture(draw(scene, 0), ids + answer, [-100] * len(ids) + answer, contents(scene)))
-            kinds.append(question.kind)
-        inputs = collate(samples, tokenizer)
-        del inputs["contents"]
-        labels = inputs.pop("labels")[:, 1:]
-        guess = model(**inputs).logits[:, :-1].argmax(-1)
-        ok = ((guess == labels) | (labels == -100)).all(dim=1).tolist()
-        for kind, one in zip(kinds, ok, strict=True):
-            right.setdefault(kind, []).append(one)
+        questions = ask(scene, Random(number))
+        sample = Sample(draw(scene, 0)[None], contents(scene)[None])
+        ask_about(sample, questions, tokenizer)
+        inputs, _ = collate([sample], model)
+        labels = inputs.pop("labels")[0, 1:]
+        wrong = (model(**inputs).logits[0, :-1].argmax(-1) != labels) & (labels != IGNORED)
+        blocks = torch.tensor(sample.block[1:])
+        for block, question in enumerate(questions, 1):
+            right.setdefault(question.kind, []).append(not wrong[blocks == block].any())
     return {kind: round(sum(ones) / len(ones), 3) for kind, ones in right.items()}
 
 

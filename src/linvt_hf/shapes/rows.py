@@ -1,17 +1,60 @@
 """
 What LinVT is compared with: simpler ways to condense a video, and LinVT with one part of it off.
 
-Each is a module that stands where the video tokenizer stands. These exist to be measured; nothing else uses them.
+Each stands where the video tokenizer stands, or hooks into it. These exist to be measured; nothing else uses them.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from ..configuration_linvt import square_grid
-from ..video_tokenizer import VideoTokenizerOutput
+from ..modeling_linvt import LinVTForConditionalGeneration
+from ..processing_linvt import LinVTProcessor
+from ..video_tokenizer import LinearVideoTokenizer, VideoTokenizerOutput
+from .world import SHORT
+
+TOKENS = 16 * SHORT  # of a short video, in all
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    One row of the table.
+
+    Args:
+        condense: [B, T, N, D] -> [B, tokens, D], a way that learns nothing; None for LinVT.
+        tokens: how many tokens of a short video the language model reads.
+        settings: of `LinVTConfig`, over those of the recipe.
+        change: what is done to a fresh LinVT.
+        frozen: whether LinVT keeps its initial weights.
+    """
+
+    name: str
+    condense: Callable[[Tensor], Tensor] | None = None
+    tokens: int = 32
+    settings: dict = field(default_factory=dict)
+    change: Callable[[LinearVideoTokenizer], None] | None = None
+    frozen: bool = False
+
+    def apply(self, model: LinVTForConditionalGeneration, processor: LinVTProcessor) -> None:
+        """Makes a freshly wrapped model one of this row."""
+        if self.condense is not None:
+            model.video_tokenizer = Condenser(self.condense)
+            processor.num_video_tokens = self.tokens
+        elif self.change is not None:
+            self.change(model.video_tokenizer)
+
+    @property
+    def learns(self) -> bool:
+        return self.condense is None and not self.frozen
+
+
+# ---- ways that learn nothing ----
 
 
 class Condenser(nn.Module):
@@ -30,16 +73,8 @@ def nothing(tokens: Tensor) -> Tensor:
     return tokens[:, 0, :0]
 
 
-def middle_frame(tokens: Tensor) -> Tensor:
-    return tokens[:, tokens.shape[1] // 2]
-
-
 def mean_over_frames(tokens: Tensor) -> Tensor:
     return tokens.mean(dim=1)
-
-
-def all_frames(tokens: Tensor) -> Tensor:
-    return tokens.flatten(1, 2)
 
 
 def uniform_pooling(steps: int, side: int) -> Callable[[Tensor], Tensor]:
@@ -54,7 +89,7 @@ def uniform_pooling(steps: int, side: int) -> Callable[[Tensor], Tensor]:
 
 
 def some_frames(count: int) -> Callable[[Tensor], Tensor]:
-    """All tokens of `count` evenly spaced frames."""
+    """All tokens of `count` evenly spaced frames; of all, if there are no more."""
 
     def take(tokens: Tensor) -> Tensor:
         frames = tokens.shape[1]
@@ -62,3 +97,74 @@ def some_frames(count: int) -> Callable[[Tensor], Tensor]:
         return tokens[:, index].flatten(1, 2)
 
     return take
+
+
+# ---- LinVT with one part off ----
+
+
+def without_score_gradient(tokenizer: LinearVideoTokenizer) -> None:
+    """Plain top-k: the scores select, and nothing tells them what to select."""
+    tokenizer.scorer.register_forward_hook(lambda module, inputs, output: (output[0], output[1].detach()))
+
+
+def without_temporal_positions(tokenizer: LinearVideoTokenizer) -> None:
+    """Every token lies at the video's middle; only the order of the kept tokens is left of time."""
+
+    def scorer(module, inputs):
+        tokens, mask, times, grid = inputs
+        return tokens, mask, torch.full_like(times, 0.5), grid
+
+    def aggregator(module, inputs):
+        return tuple(_at_one_time(part) if hasattr(part, "places") else part for part in inputs)
+
+    tokenizer.scorer.register_forward_pre_hook(scorer)
+    tokenizer.aggregator.register_forward_pre_hook(aggregator)
+
+
+def _at_one_time(candidates):
+    places = candidates.places.clone()
+    places[..., 0] = 0.5
+    return replace(candidates, places=places)
+
+
+def values_through_projection(tokenizer: LinearVideoTokenizer) -> None:
+    """
+    What attention usually does: values and output go through maps of their own, so what comes out is no combination of
+    the image-LLM's tokens. As the weights are the same for all channels, both maps can follow the sum.
+    """
+    size = tokenizer.config.hidden_size
+    tokenizer.project_values = nn.Sequential(nn.Linear(size, size, bias=False), nn.Linear(size, size))
+
+    def project(module, inputs, output):
+        output.video_tokens = module.project_values(output.video_tokens)
+        return output
+
+    tokenizer.register_forward_hook(project)
+
+
+@torch.no_grad()
+def random_queries(tokenizer: LinearVideoTokenizer) -> None:
+    """Queries begin nowhere in particular: anywhere as centre, and so wide that all tokens weigh alike."""
+    tokenizer.aggregator.centers.uniform_()
+    tokenizer.aggregator.log_widths.fill_(2.0)
+
+
+FIXED = (
+    Row("question only", nothing, 0),
+    Row("one middle frame", some_frames(1), 16),
+    Row("mean over frames", mean_over_frames, 16),
+    Row("uniform pooling", uniform_pooling(8, 2), 32),
+    Row("all frames' tokens", some_frames(SHORT), TOKENS),
+)
+LINVT = Row("LinVT")
+PARTS_OFF = (
+    Row("LinVT untrained", frozen=True),
+    Row("no text", settings={"text_conditioning": False}),
+    Row("no top-k", settings={"num_selected_tokens": TOKENS}),
+    Row("no multi-scale", settings={"pooling_scales": [1], "queries_per_scale": [32]}),
+    Row("no score gradient", change=without_score_gradient),
+    Row("no temporal positions", change=without_temporal_positions),
+    Row("values through a projection", change=values_through_projection),
+    Row("random query initialisation", change=random_queries),
+)
+ROWS = (*FIXED, LINVT, *PARTS_OFF)
