@@ -11,7 +11,7 @@ from PIL import Image
 from linvt_hf import video_reading
 from linvt_hf.shapes.questions import LONG_KINDS, PLACES, TEMPLATES, VIDEO_KINDS, ask, place_name
 from linvt_hf.shapes.videos import chosen_questions, write_split
-from linvt_hf.shapes.world import COLOURS, LONG, SHORT, SPLITS, draw, draw_video, make_scene
+from linvt_hf.shapes.world import COLOURS, LONG, SHAPES, SHORT, SPLITS, draw, draw_video, make_scene
 
 KINDS = ("image", "video", "long")
 
@@ -87,6 +87,21 @@ def test_direction_can_be_seen():
     assert min(checked[direction] for direction in ("left", "right", "up", "down")) >= 5
 
 
+def check_caption(scene, caption: str) -> None:
+    """Each thing is told once, in the order of appearance, with what it does."""
+    parts = caption.split(", ")
+    assert len(parts) == len(scene.things)
+    told = {shape: part for part in parts for shape in SHAPES if shape in part}
+    for thing in scene.things:
+        part = told[thing.shape]
+        assert part.startswith(f"a {thing.colour} {thing.shape}")
+        does = "flashes up" if thing.is_brief else f"moves {thing.direction}" if thing.moves else "stays at"
+        assert does in part and (thing.later is None) == ("turns" not in part)
+        assert part.endswith(place_name(thing.start)) or thing.moves or thing.later
+    appeared = [next(t.appears for t in scene.things if t.shape in part) for part in parts]
+    assert appeared == sorted(appeared)
+
+
 def test_answers_about_time_agree_with_the_frames():
     asked = Counter()
     for scene in scenes("video", count=80):
@@ -94,6 +109,9 @@ def test_answers_about_time_agree_with_the_frames():
         by_shape = {thing.shape: thing for thing in scene.things}
         for question in ask(scene, Random(0)):
             asked[question.kind] += 1
+            if question.kind == "caption":
+                check_caption(scene, question.answer)
+                continue
             assert question.answer in question.options
             if question.kind == "colour in time":
                 shape = next(word for word in question.text.rstrip("?").split() if word.strip(",") in by_shape)
@@ -108,7 +126,7 @@ def test_answers_about_time_agree_with_the_frames():
                 changes = sum(thing.later is not None for thing in scene.things)
                 assert int(question.answer) == len(colours) - changes
                 assert all(any(colour_mask(frame, c).any() for frame in frames) for c in colours)
-    assert set(asked) == set(VIDEO_KINDS)
+    assert set(asked) == {*VIDEO_KINDS, "caption"}
 
 
 def test_a_long_video_shows_the_event_in_two_to_four_frames():
@@ -131,11 +149,11 @@ def test_neither_words_nor_habit_give_the_answer_away(kind):
         for question in chosen_questions(scene, Random(repr(scene))):
             texts[question.kind].add(question.text)
             answers[question.kind][question.answer] += 1
-            if question.kind != "motion":  # which names both its answers
+            if question.kind not in ("motion", "caption"):  # the one names both its answers, the other has long ones
                 assert question.answer not in question.text.rstrip("?").split()
     for asked, counts in answers.items():
         assert len(texts[asked]) >= len(TEMPLATES[asked])
-        if asked not in ("description", "motion"):
+        if asked not in ("description", "caption", "motion"):
             assert max(counts.values()) / sum(counts.values()) < 0.45, (asked, counts)
 
 
@@ -146,9 +164,12 @@ def test_place_names_divide_the_picture():
 @pytest.mark.parametrize(("kind", "count"), [("video", 3), ("image", 3), ("long", 1)])
 def test_written_files_hold_the_scene(tmp_path, kind, count):
     records = write_split(tmp_path, kind, "validation", count)
-    again = records.read_bytes()
-    assert write_split(tmp_path, kind, "validation", count).read_bytes() == again
-    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    before = [file.read_bytes() for file in records]
+    again = write_split(tmp_path, kind, "validation", count)
+    assert again == records and [file.read_bytes() for file in again] == before
+    names = [f"{kind}-validation{end}.jsonl" for end in ("-captions", "")]
+    assert [file.name for file in records] == (names[1:] if kind == "image" else names)
+    lines = [json.loads(line) for file in records for line in file.read_text().splitlines()]
     files = {
         block[block["type"]] for line in lines for block in line["messages"][0]["content"] if block["type"] != "text"
     }

@@ -52,6 +52,7 @@ def test_a_question_sees_the_pictures_and_itself_only(tokenizer):
 
     def logits(asked):
         sample = image_llm.Sample(image_llm.draw(scene, 0)[None], image_llm.contents(scene)[None])
+        image_llm.begin(sample, tokenizer)
         image_llm.ask_about(sample, asked, tokenizer)
         inputs, _ = image_llm.collate([sample], model)
         learned = torch.tensor(sample.labels) >= 0

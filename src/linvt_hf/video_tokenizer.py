@@ -151,18 +151,25 @@ class SignificanceScorer(nn.Module):
 
 def novelty(x: Tensor, frame_mask: Tensor | None) -> Tensor:
     """
-    How much a token differs from the one at its place in the frame before (ours), [B, T, N, d] -> [B, T, N] float32.
+    How new a token is (ours), [B, T, N, d] -> [B, T, N] float32 in -0.5..0.5: one minus its cosine to the token at its
+    place in the frame before, or to the mean of its frame where it is a video's first, as a share of the video's
+    largest, minus a half.
 
-    One minus the cosine, 0 for a picture that stands still; 1 in a video's first frame. Where scores start from it,
-    top-k keeps what is new, and a long quiet video loses none of its few events.
+    Where scores start from it, top-k keeps what stands out in the first frame and what changes after it, and a long
+    quiet video loses none of its few events. The share makes it independent of how alike a base's tokens are.
     """
-    unit = F.normalize(x.float(), dim=-1)
-    change = 1 - (unit[:, 1:] * unit[:, :-1]).sum(dim=-1)
-    change = F.pad(change, (0, 0, 1, 0), value=1.0)
+    x = x.float()
+    before = torch.cat([x[:, :1], x[:, :-1]], dim=1)  # [B, T, N, d]
+    first = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    first[:, 0] = True
     if frame_mask is not None:
-        first = ~F.pad(frame_mask, (1, 0))[:, :-1]  # nothing, or padding, before it
-        change = torch.where(first[..., None], 1.0, change)
-    return change
+        first = first | ~F.pad(frame_mask, (1, 0))[:, :-1]  # padding before it
+    before = torch.where(first[..., None, None], x.mean(dim=2, keepdim=True), before)
+    change = 1 - F.cosine_similarity(x, before, dim=-1)
+    if frame_mask is not None:
+        change = change.masked_fill(~frame_mask[..., None], 0.0)
+    largest = change.amax(dim=(1, 2), keepdim=True).clamp(min=1e-6)
+    return change / largest - 0.5
 
 
 def select_top_k(scores: Tensor, frame_mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:

@@ -35,8 +35,8 @@ def main() -> None:
 
 def _data(args) -> None:
     for (kind, split), count in SCENES.items():
-        records = write_split(args.folder, kind, split, max(round(args.share * count), 1))
-        print(f"{records}: {sum(1 for _ in records.open()):,} questions", flush=True)
+        for records in write_split(args.folder, kind, split, max(round(args.share * count), 1)):
+            print(f"{records}: {sum(1 for _ in records.open()):,} questions", flush=True)
 
 
 def _image_llm(args) -> None:

@@ -31,6 +31,7 @@ from .world import CANVAS, COLOURS, SHAPES, Scene, Thing, draw, make_scene
 VOCABULARY = 640
 PATCH = 8
 SIDE = CANVAS // PATCH // 2  # visual tokens a side: InternVL joins 2 x 2 patches
+CONTENTS = len(COLOURS) * len(SHAPES) + len(COLOURS) + len(SHAPES) + len(PLACES)
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for block in message['content'] %}"
@@ -117,14 +118,14 @@ def build_image_llm(tokenizer: PreTrainedTokenizerFast) -> InternVLForConditiona
 @dataclass
 class Sample:
     """
-    One prompt of pretraining: pictures, and several questions of which each sees the pictures and itself only.
+    One prompt of pretraining: pictures or a text, and several questions of which each sees these and itself only.
 
     pixels: uint8 [P, 64, 64, 3]. contents: [P, tokens, what may lie there], see `contents`.
     ids, labels, block: [S]; block 0 is what all questions see, the others are a question and its answer each.
     """
 
-    pixels: np.ndarray
-    contents: np.ndarray
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros((0, CANVAS, CANVAS, 3), dtype=np.uint8))
+    contents: np.ndarray = field(default_factory=lambda: np.zeros((0, SIDE**2, CONTENTS), dtype=np.float32))
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     block: list[int] = field(default_factory=list)
@@ -135,7 +136,7 @@ class Sample:
         self.block += [block] * len(ids)
 
 
-def pictures_sample(scene: Scene, random: Random, tokenizer, questions: int = 6) -> Sample:
+def pictures_sample(scene: Scene, random: Random, tokenizer) -> Sample:
     """
     A scene in one to four pictures, each of which shows some of its things, and what is asked about it.
 
@@ -146,21 +147,44 @@ def pictures_sample(scene: Scene, random: Random, tokenizer, questions: int = 6)
     sample = Sample(
         np.stack([as_file(draw(layer, 0), random) for layer in layers]), np.stack([contents(s) for s in layers])
     )
-    *asked, description = ask(scene, random)
-    asked = random.sample(asked, min(questions, len(asked)))
-    if random.random() < 0.5:
-        asked.append(description)
-    ask_about(sample, asked, tokenizer)
+    begin(sample, tokenizer)
+    ask_about(sample, _some(ask(scene, random), random), tokenizer)
     return sample
 
 
+def begin(sample: Sample, tokenizer) -> None:
+    """The prompt up to the question, with the pictures' places."""
+    places = "<IMG_CONTEXT>" * SIDE**2 * len(sample.pixels)
+    sample.add(tokenizer(f"<|im_start|>user\n<img>{places}</img>\n")["input_ids"], 0)
+
+
+def story_sample(scene: Scene, random: Random, tokenizer) -> Sample:
+    """
+    What happens in a video, told in words, and what is asked about it: the language model has read of motion and
+    change, as any language model has, before it is shown any.
+    """
+    questions = ask(scene, random)
+    story = next(question.answer for question in questions if question.kind == "caption")
+    sample = Sample()
+    sample.add(tokenizer("<|im_start|>user\n")["input_ids"], 0)
+    sample.add(tokenizer(f"{story}\n")["input_ids"], 0, learn=True)
+    ask_about(sample, _some(questions, random), tokenizer)
+    return sample
+
+
+def _some(questions: list[Question], random: Random, count: int = 6) -> list[Question]:
+    """A few questions; the one whose answer is long, which outweighs the others, in half of the samples."""
+    long = [question for question in questions if not question.options]
+    short = [question for question in questions if question.options]
+    return random.sample(short, min(count, len(short))) + (long if random.random() < 0.5 else [])
+
+
 def ask_about(sample: Sample, questions: list[Question], tokenizer) -> None:
-    """Appends the prompt's beginning, with the pictures' places, and each question with its answer."""
+    """Appends each question, with its answer, as a block of its own."""
 
     def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(text)["input_ids"]
 
-    sample.add(ids("<|im_start|>user\n<img>" + "<IMG_CONTEXT>" * SIDE**2 * len(sample.pixels) + "</img>\n"), 0)
     for block, question in enumerate(questions, 1):
         sample.add(ids(f"{question.text}<|im_end|>\n<|im_start|>assistant\n"), block)
         sample.add(ids(f"{question.answer}<|im_end|>"), block, learn=True)
@@ -210,7 +234,7 @@ class ContentsHead(nn.Linear):
     """Names what lies in each visual token's part of the picture; trains the encoder, and is thrown away after it."""
 
     def __init__(self, width: int):
-        super().__init__(width, len(COLOURS) * len(SHAPES) + len(COLOURS) + len(SHAPES) + len(PLACES))
+        super().__init__(width, CONTENTS)
 
     def loss(self, tokens: Tensor, target: Tensor) -> Tensor:  # [P, 16, D], [P, 16, contents]
         return F.binary_cross_entropy_with_logits(self(tokens), target, reduction="none").sum(dim=-1).mean()
@@ -235,6 +259,7 @@ def pretrain(
     vision = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     scenes = (make_scene("image", "train", number) for number in itertools.count())
+    stories = (make_scene("video", "train", number) for number in itertools.count(10**6))  # no video shows them
     random = Random(seed)
     model.train()
 
@@ -244,7 +269,9 @@ def pretrain(
         return head.loss(visual_tokens(model, np.stack([as_file(draw(s, 0), random) for s in several])), target)
 
     def answer() -> Tensor:
-        samples = [pictures_sample(scene, random, tokenizer) for scene in itertools.islice(scenes, batch)]
+        told = batch // 4
+        samples = [pictures_sample(scene, random, tokenizer) for scene in itertools.islice(scenes, batch - told)]
+        samples += [story_sample(scene, random, tokenizer) for scene in itertools.islice(stories, told)]
         inputs, tokens = collate(samples, model)
         target = torch.from_numpy(np.concatenate([sample.contents for sample in samples]))
         return model(**inputs).loss + 0.25 * head.loss(tokens, target)
@@ -284,7 +311,7 @@ def collate(samples: list[Sample], model) -> tuple[dict[str, Tensor], Tensor]:
 def _run(loss_of: Callable[[], Tensor], parameters, steps: int, rate: float, log, name: str) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer, lambda step: min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / max(steps, 1)))
     )
     started = time.monotonic()
     for step in range(1, steps + 1):
@@ -306,6 +333,7 @@ def evaluate(model, tokenizer, scenes: int = 200) -> dict[str, float]:
         scene = make_scene("image", "validation", number)
         questions = ask(scene, Random(number))
         sample = Sample(draw(scene, 0)[None], contents(scene)[None])
+        begin(sample, tokenizer)
         ask_about(sample, questions, tokenizer)
         inputs, _ = collate([sample], model)
         labels = inputs.pop("labels")[0, 1:]

@@ -21,6 +21,7 @@ TEMPLATES = {
     ),
     "count": ("How many shapes are there?", "How many things do you see?", "Count the shapes."),
     "description": ("Describe the picture.", "What is in the picture?", "What do you see?"),
+    "caption": ("Describe the video.", "What happens in the video?", "What happens?"),
     "direction": (
         "Which way does the {thing} move?",
         "In which direction does the {thing} go?",
@@ -106,6 +107,7 @@ def _about_image(scene: Scene):
 
 
 def _about_video(scene: Scene):
+    yield "caption", {}, _caption(scene), ()
     for thing in scene.things:
         if thing.is_brief:
             yield "flash", {}, thing.shape, SHAPES
@@ -129,3 +131,16 @@ def _about_video(scene: Scene):
         for rank, thing in zip(RANKS, ordered, strict=False):
             yield "order", {"rank": rank}, thing.shape, SHAPES
     yield "total", {}, str(len(scene.things)), COUNTS
+
+
+def _caption(scene: Scene) -> str:
+    """All that happens, in the order in which things appear, and in reading order where they appear together."""
+    parts = []
+    for thing in sorted(scene.things, key=lambda thing: (thing.appears, PLACES.index(place_name(thing.start)))):
+        what, place = f"a {thing.colour} {thing.shape}", place_name(thing.start)
+        if thing.is_brief:
+            parts.append(f"{what} flashes up at the {place}")
+            continue
+        what += f" moves {thing.direction}" if thing.moves else f" stays at the {place}"
+        parts.append(f"{what} and turns {thing.later}" if thing.later else what)
+    return ", ".join(parts)

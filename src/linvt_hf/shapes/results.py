@@ -1,11 +1,12 @@
 """
-The table of `make shapes-results`: every row trained and measured in the same way, from several seeds.
+The tables of `make shapes-results`: every row trained and measured in the same way, from several seeds.
 
 A result is a JSON file of its own, so a run that was killed goes on where it was.
 """
 
 import dataclasses
 import json
+import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -22,7 +23,7 @@ from ..training.feature_cache import FeatureCache
 from ..training.recipe import train
 from ..training.settings import TrainingSettings, read_settings
 from .evaluate import Score, Test
-from .rows import ROWS, Row
+from .rows import CURVE, KEPT, ROWS, TABLE, Row
 from .world import LONG, SHORT
 
 FRAMES = {"video": SHORT, "long": LONG, "image": None}  # of each test
@@ -67,6 +68,7 @@ def run_row(row: Row, seed: int, out: Path) -> dict:
     set_seed(seed)
     model, processor = wrap(stages[0].model, num_frames=stages[0].num_frames, **stages[0].linvt)
     row.apply(model, processor)
+    model.base.requires_grad_(False)  # as it stays, so that its visual tokens can be kept
     features = features_in_memory()
     folder = Path(stages[0].data[0].path).parent
     tests = {
@@ -111,3 +113,50 @@ def _report(tests: dict[str, Test], model) -> dict:
             "questions": sum(map(len, score.exact.values())),
         }
     return report
+
+
+# ---- tables ----
+
+
+def read_results(out: Path) -> dict[str, list[dict]]:
+    """What is there, by row."""
+    found: dict[str, list[dict]] = {row.name: [] for row in ROWS}
+    for file in sorted(out.glob("*.json")):
+        result = json.loads(file.read_text())
+        found[result["row"]].append(result)
+    return found
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    """Rows of the comparison, in Markdown."""
+    lines = [
+        "| | tokens | no video training | trained | long videos | pictures |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in TABLE:
+        if several := results[row.name]:
+            cells = [
+                _percent([result["untrained"]["video"]["options"] for result in several]),
+                *(_percent([result["trained"][kind]["exact"] for result in several]) for kind in FRAMES),
+            ]
+            lines.append(f"| {row.name} | {row.tokens} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def curve(results: dict[str, list[dict]]) -> str:
+    """Accuracy against k, in Markdown."""
+    lines = ["| tokens kept by top-k | " + " | ".join(map(str, KEPT)) + " |", "|---|" + "---:|" * len(KEPT)]
+    for name in dict.fromkeys(row.name.split(",")[0] for row in CURVE):
+        for kind in ("video", "long"):
+            cells = []
+            for k in KEPT:
+                several = results[f"{name}, k = {k}"]
+                cells.append(_percent([result["trained"][kind]["exact"] for result in several]) if several else "")
+            lines.append(f"| {name}, {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _percent(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"

@@ -167,4 +167,13 @@ PARTS_OFF = (
     Row("values through a projection", change=values_through_projection),
     Row("random query initialisation", change=random_queries),
 )
-ROWS = (*FIXED, LINVT, *PARTS_OFF)
+# How few tokens top-k may keep: as LinVT has it here, and plain, as the paper describes it.
+KEPT = (TOKENS, TOKENS // 2, TOKENS // 4, TOKENS // 8, TOKENS // 16)
+PLAIN = {"num_remainder_tokens": 0, "novelty_gain": 0.0}
+CURVE = tuple(
+    Row(f"{name}, k = {k}", settings={"num_selected_tokens": k, **settings})
+    for name, settings in (("LinVT", {}), ("plain top-k", PLAIN))
+    for k in KEPT
+)
+TABLE = (*FIXED, LINVT, *PARTS_OFF)
+ROWS = (*TABLE, *CURVE)

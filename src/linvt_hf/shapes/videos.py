@@ -1,7 +1,6 @@
 """Scenes to data on disk: real mp4 and png files, and JSONL in the `messages` layout that `linvt train` reads."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -32,43 +31,43 @@ def chosen_questions(scene: Scene, random: Random) -> list[Question]:
     return [random.choice(questions) for questions in by_kind.values()]
 
 
-def questions_of(kind: str, split: str, count: int) -> Iterator[tuple[int, Scene, list[Question]]]:
-    """The first `count` scenes of a split and what is asked about each."""
-    for number in range(count):
-        scene = make_scene(kind, split, number)
-        yield number, scene, chosen_questions(scene, Random(f"questions {kind} {split} {number}"))
-
-
-def write_split(folder: str | Path, kind: str, split: str, count: int, size: int = CANVAS) -> Path:
+def write_split(folder: str | Path, kind: str, split: str, count: int, size: int = CANVAS) -> list[Path]:
     """
-    Writes `count` scenes of a split and what is asked about them.
+    Writes the first `count` scenes of a split and what is asked about them.
 
     Args:
-        folder: gets `<kind>/<split>/*.mp4` (`*.png` for images) and `<kind>-<split>.jsonl`; files that are there stay.
+        folder: gets `<kind>/<split>/*.mp4` (`*.png` for images), `<kind>-<split>.jsonl` and, for videos,
+            `<kind>-<split>-captions.jsonl`; media that are there stay.
         kind: "image", "video" or "long"; split: "train", "validation" or "test".
         size: height and width in pixels.
-    Returns the JSONL file, a record a question: `messages`, and `kind` and `options` for evaluation.
+    Returns the JSONL files, a record a question: `messages`, and `kind` and `options` for evaluation.
     """
     folder = Path(folder)
-    media = folder / kind / split
-    media.mkdir(parents=True, exist_ok=True)
-    records = folder / f"{kind}-{split}.jsonl"
-    block, suffix = ("image", "png") if kind == "image" else ("video", "mp4")
-    with records.open("w", encoding="utf-8") as lines:
-        for number, scene, questions in questions_of(kind, split, count):
-            path = media / f"{number:05d}.{suffix}"
-            if not path.exists():
-                if kind == "image":
-                    Image.fromarray(draw(scene, 0, size)).save(path)
-                else:
-                    write_mp4(draw_video(scene, size), path)
-            for question in questions:
-                user = [{"type": block, block: str(path.relative_to(folder))}, {"type": "text", "text": question.text}]
-                answer = [{"type": "text", "text": question.answer}]
-                record = {
-                    "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}],
-                    "kind": question.kind,
-                    "options": question.options,
-                }
-                lines.write(json.dumps(record) + "\n")
-    return records
+    (folder / kind / split).mkdir(parents=True, exist_ok=True)
+    records: dict[str, list[str]] = {}
+    for number in range(count):
+        scene = make_scene(kind, split, number)
+        media = f"{kind}/{split}/{number:05d}.{'png' if kind == 'image' else 'mp4'}"
+        if not (folder / media).exists():
+            _write_media(scene, folder / media, size)
+        for question in chosen_questions(scene, Random(f"questions {kind} {split} {number}")):
+            file = f"{kind}-{split}{'-captions' if question.kind == 'caption' else ''}.jsonl"
+            records.setdefault(file, []).append(json.dumps(_record(question, media)) + "\n")
+    for file, lines in records.items():
+        (folder / file).write_text("".join(lines), encoding="utf-8")
+    return [folder / file for file in sorted(records)]
+
+
+def _write_media(scene: Scene, path: Path, size: int) -> None:
+    if scene.frames == 1:
+        Image.fromarray(draw(scene, 0, size)).save(path)
+    else:
+        write_mp4(draw_video(scene, size), path)
+
+
+def _record(question: Question, media: str) -> dict:
+    block = "image" if media.endswith(".png") else "video"
+    user = [{"type": block, block: media}, {"type": "text", "text": question.text}]
+    answer = [{"type": "text", "text": question.answer}]
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "kind": question.kind, "options": question.options}
