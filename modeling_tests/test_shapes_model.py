@@ -8,7 +8,7 @@ from PIL import Image
 
 from linvt_hf import wrap
 from linvt_hf.shapes import image_llm
-from linvt_hf.shapes.questions import PLACES, ask, place_name
+from linvt_hf.shapes.questions import PLACES, RANKS, ask, ask_about_pictures, place_name
 from linvt_hf.shapes.world import COLOURS, SHAPES, make_scene
 
 
@@ -38,6 +38,9 @@ def test_a_sample_learns_answers_only(tokenizer):
         assert len(sample.ids) == len(sample.labels) == len(sample.block)
         learned = tokenizer.decode([label for label in sample.labels if label >= 0]).split("<|im_end|>")
         possible = {answer for seed in range(20) for answer in (q.answer for q in ask(scene, Random(seed)))}
+        if len(sample.pixels) > 1:  # the first thing drawn: in which pictures things lie
+            layers = image_llm.layered(scene, Random(number))
+            possible |= {question.answer for question in ask_about_pictures(layers, Random(0))}
         assert learned.pop() == "" and set(learned) <= possible
         places = sample.ids.count(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
         assert places == image_llm.SIDE**2 * len(sample.pixels)
@@ -100,3 +103,35 @@ def test_it_learns_from_a_seed_and_can_be_wrapped(tmp_path):
     assert processor.num_video_tokens == 8 and wrapped.config.hidden_size == 128
     inputs = processor.image_processor([[Image.new("RGB", (64, 64))]], return_tensors="pt")
     assert len(wrapped.get_image_features(inputs["pixel_values"]).pooler_output[0]) == image_llm.SIDE**2
+
+
+def test_questions_about_several_pictures_are_answered_from_them():
+    kinds = set()
+    for number in range(60):
+        layers = image_llm.layered(make_scene("image", "train", number), Random(number))
+        if len(layers) == 1:
+            continue
+        for question in ask_about_pictures(layers, Random(number)):
+            kinds.add(question.kind)
+            rank = next(rank for rank in RANKS if rank in question.text or rank == question.answer)
+            things = layers[RANKS.index(rank)].things
+            if question.kind == "picture":
+                assert any(thing.shape in question.text for thing in things)
+                assert sum(thing.shape in question.text for layer in layers for thing in layer.things) == 1
+            else:
+                assert question.answer.count(" at the ") == len(things) and all(
+                    t.name in question.answer for t in things
+                )
+    assert kinds == {"picture", "one of several"}
+
+
+def test_a_story_tells_what_is_asked_and_is_learned_itself(tokenizer):
+    scene = make_scene("video", "train", 4)
+    sample = image_llm.story_sample(scene, Random(0), tokenizer)
+    assert len(sample.pixels) == 0 and sample.ids.count(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")) == 0
+    learned = [(label, block) for label, block in zip(sample.labels, sample.block, strict=True) if label >= 0]
+    told = tokenizer.decode([label for label, block in learned if block == 0])
+    answers = tokenizer.decode([label for label, block in learned if block > 0]).split("<|im_end|>")
+    possible = {question.answer for question in ask(scene, Random(0))}
+    assert told.endswith("\n") and told[:-1] in possible
+    assert answers.pop() == "" and set(answers) <= possible

@@ -504,11 +504,18 @@ def test_novelty_is_where_a_picture_changes():
     tokens[0, 5:, 2] = video(1, 1, 1, seed=9)[0, 0, 0]
     change = novelty(tokens, None)
     assert change.shape == (1, 8, 6)
-    assert (change[0, 0] == 1).all()
-    assert change[0, 5, 2] > 0.5
-    change[0, 0], change[0, 5, 2] = 0, 0
-    assert change.abs().max() < 1e-5
-    close(novelty(3 * tokens, None)[0, 5], novelty(tokens, None)[0, 5])  # whatever the scale
+    expected = (1 - torch.nn.functional.cosine_similarity(tokens[0, 5, 2], tokens[0, 4, 2], dim=0)).item()
+    first = 1 - torch.nn.functional.cosine_similarity(tokens[0, 0], tokens[0, 0].mean(dim=0, keepdim=True), dim=-1)
+    largest = max(expected, first.max().item())
+    close(change[0, 0], first / largest - 0.5)  # what stands out in the first frame
+    close(change[0, 5, 2], torch.tensor(expected / largest - 0.5))
+    change[0, 0], change[0, 5, 2] = -0.5, -0.5
+    close(change, torch.full_like(change, -0.5))
+    close(novelty(3 * tokens, None), novelty(tokens, None))  # whatever the scale
+
+
+def test_novelty_of_a_video_of_one_colour_is_finite():
+    assert novelty(torch.ones(1, 4, 6, WIDTH), None).isfinite().all()
 
 
 def test_novelty_knows_padding():
@@ -517,6 +524,8 @@ def test_novelty_knows_padding():
     change = novelty(tokens, mask)
     close(change[0, :3], novelty(tokens[:1, :3], None)[0])
     close(change[1, 1:], novelty(tokens[1:, 1:], None)[0])
+    tokens[0, 3], tokens[1, 0] = 99, -99
+    close(novelty(tokens, mask)[mask], change[mask])
 
 
 def test_a_fresh_tokenizer_keeps_the_only_event_of_a_quiet_video():

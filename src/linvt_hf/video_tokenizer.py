@@ -165,10 +165,10 @@ def novelty(x: Tensor, frame_mask: Tensor | None) -> Tensor:
     if frame_mask is not None:
         first = first | ~F.pad(frame_mask, (1, 0))[:, :-1]  # padding before it
     before = torch.where(first[..., None, None], x.mean(dim=2, keepdim=True), before)
-    change = 1 - F.cosine_similarity(x, before, dim=-1)
+    change = (1 - F.cosine_similarity(x, before, dim=-1) - 1e-6).clamp(min=0.0)  # less is rounding
     if frame_mask is not None:
         change = change.masked_fill(~frame_mask[..., None], 0.0)
-    largest = change.amax(dim=(1, 2), keepdim=True).clamp(min=1e-6)
+    largest = change.amax(dim=(1, 2), keepdim=True).clamp(min=1e-3)
     return change / largest - 0.5
 
 

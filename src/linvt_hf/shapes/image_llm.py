@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from ..training.labels import IGNORED
-from .questions import PLACES, Question, ask, place_name
+from .questions import PLACES, RANKS, Question, ask, ask_about_pictures, place_name
 from .world import CANVAS, COLOURS, SHAPES, Scene, Thing, draw, make_scene
 
 VOCABULARY = 640
@@ -72,7 +72,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def _words() -> Iterator[str]:
     for kind in ("image", "video", "long"):
         for number in range(400):
-            for question in ask(make_scene(kind, "train", number), Random(number)):
+            scene = make_scene(kind, "train", number)
+            album = [scene] + [replace(scene, things=())] * (len(RANKS) - 1)
+            for question in ask(scene, Random(number)) + ask_about_pictures(album, Random(number)):
                 yield from (question.text, question.answer, "user\n", "assistant\n", "system\n")
 
 
@@ -148,7 +150,8 @@ def pictures_sample(scene: Scene, random: Random, tokenizer) -> Sample:
         np.stack([as_file(draw(layer, 0), random) for layer in layers]), np.stack([contents(s) for s in layers])
     )
     begin(sample, tokenizer)
-    ask_about(sample, _some(ask(scene, random), random), tokenizer)
+    questions = ask(scene, random) + (ask_about_pictures(layers, random) if len(layers) > 1 else [])
+    ask_about(sample, _some(questions, random), tokenizer)
     return sample
 
 
@@ -173,10 +176,10 @@ def story_sample(scene: Scene, random: Random, tokenizer) -> Sample:
 
 
 def _some(questions: list[Question], random: Random, count: int = 6) -> list[Question]:
-    """A few questions; the one whose answer is long, which outweighs the others, in half of the samples."""
+    """A few questions, and in half of the samples one whose answer is long, which outweighs the others."""
     long = [question for question in questions if not question.options]
     short = [question for question in questions if question.options]
-    return random.sample(short, min(count, len(short))) + (long if random.random() < 0.5 else [])
+    return random.sample(short, min(count, len(short))) + random.sample(long, random.randint(0, 1))
 
 
 def ask_about(sample: Sample, questions: list[Question], tokenizer) -> None:
@@ -192,7 +195,7 @@ def ask_about(sample: Sample, questions: list[Question], tokenizer) -> None:
 
 def layered(scene: Scene, random: Random) -> list[Scene]:
     """The scene as it is, or spread over two to four pictures: each thing is in at least one of them."""
-    count = random.choice((1, 1, 1, 2, 3, 4))
+    count = random.choice((1, 1, 2, 2, 3, 4))
     if count == 1:
         return [scene]
     layers: list[list[Thing]] = [[] for _ in range(count)]

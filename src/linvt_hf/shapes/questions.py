@@ -1,9 +1,10 @@
 """What can be asked about a scene, in varied words, with the right answer and the wrong ones beside it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
-from .world import COLOURS, DIRECTIONS, SHAPES, SHORT, Scene
+from .world import COLOURS, DIRECTIONS, SHAPES, SHORT, Scene, Thing
 
 COUNTS = ("1", "2", "3", "4", "5")
 PLACES = tuple(
@@ -20,7 +21,27 @@ TEMPLATES = {
         "Where do you see the {thing}?",
     ),
     "count": ("How many shapes are there?", "How many things do you see?", "Count the shapes."),
+    "side": (
+        "Is the {thing} left or right of the {other}?",
+        "Left or right of the {other}: where is the {thing}?",
+        "Seen from the {other}, is the {thing} to the left or to the right?",
+    ),
+    "height": (
+        "Is the {thing} above or below the {other}?",
+        "Above or below the {other}: where is the {thing}?",
+        "Seen from the {other}, is the {thing} above or below?",
+    ),
     "description": ("Describe the picture.", "What is in the picture?", "What do you see?"),
+    "picture": (
+        "Which picture shows the {thing}?",
+        "In which picture is the {thing}?",
+        "Find the {thing}: which picture?",
+    ),
+    "one of several": (
+        "Describe the {rank} picture.",
+        "What is in the {rank} picture?",
+        "What does the {rank} picture show?",
+    ),
     "caption": ("Describe the video.", "What happens in the video?", "What happens?"),
     "direction": (
         "Which way does the {thing} move?",
@@ -61,6 +82,7 @@ TEMPLATES = {
 }
 VIDEO_KINDS = ("direction", "colour in time", "order", "flash", "flash colour", "total", "motion")
 LONG_KINDS = ("flash", "flash colour", "flash place")
+CLEARLY = 8  # how far apart things are of which one is said to be left of the other, or above it
 RANKS = ("first", "second", "third", "fourth")
 
 
@@ -82,7 +104,15 @@ def place_name(place: tuple[float, float], canvas: float = 64) -> str:
 
 def ask(scene: Scene, random: Random) -> list[Question]:
     """Everything worth asking about a scene, each in words of its own choice."""
-    questions = _about_image(scene) if scene.frames == 1 else _about_video(scene)
+    return _worded(_about_image(scene) if scene.frames == 1 else _about_video(scene), random)
+
+
+def ask_about_pictures(pictures: list[Scene], random: Random) -> list[Question]:
+    """What can be asked about several pictures in one prompt because they are several."""
+    return _worded(_about_pictures(pictures), random)
+
+
+def _worded(questions: Iterable[tuple], random: Random) -> list[Question]:
     return [
         Question(kind, random.choice(TEMPLATES[kind]).format(**words), answer, tuple(options))
         for kind, words, answer, options in questions
@@ -99,11 +129,32 @@ def _about_image(scene: Scene):
             yield "place", {"thing": f"{thing.colour} {thing.shape}"}, place_name(thing.start), PLACES
         if sum(other.colour == thing.colour for other in things) == 1:
             yield "shape", {"thing": thing.colour}, thing.shape, SHAPES
+    for thing, other in zip(things, things[1:], strict=False):
+        if [sum(third.shape == one.shape for third in things) for one in (thing, other)] != [1, 1]:
+            continue
+        names = {"thing": thing.shape, "other": other.shape}
+        (x, y), (other_x, other_y) = thing.start, other.start
+        if abs(x - other_x) > CLEARLY:
+            yield "side", names, "left" if x < other_x else "right", ("left", "right")
+        if abs(y - other_y) > CLEARLY:
+            yield "height", names, "above" if y < other_y else "below", ("above", "below")
     yield "count", {}, str(len(things)), COUNTS
-    # In reading order: a description that could begin anywhere could not be learned.
+    yield "description", {}, _description(things), ()
+
+
+def _description(things: tuple[Thing, ...]) -> str:
+    """In reading order: a description that could begin anywhere could not be learned."""
     ordered = sorted(things, key=lambda thing: (PLACES.index(place_name(thing.start)), thing.start))
-    named = [f"a {thing.colour} {thing.shape} at the {place_name(thing.start)}" for thing in ordered]
-    yield "description", {}, ", ".join(named), ()
+    return ", ".join(f"{thing.name} at the {place_name(thing.start)}" for thing in ordered)
+
+
+def _about_pictures(pictures: list[Scene]):
+    shown = [thing for picture in pictures for thing in picture.things]
+    for rank, picture in zip(RANKS, pictures, strict=False):
+        for thing in picture.things:
+            if sum(other.shape == thing.shape for other in shown) == 1:
+                yield "picture", {"thing": thing.shape}, rank, RANKS[: len(pictures)]
+        yield "one of several", {"rank": rank}, _description(picture.things) or "nothing", ()
 
 
 def _about_video(scene: Scene):
@@ -137,7 +188,7 @@ def _caption(scene: Scene) -> str:
     """All that happens, in the order in which things appear, and in reading order where they appear together."""
     parts = []
     for thing in sorted(scene.things, key=lambda thing: (thing.appears, PLACES.index(place_name(thing.start)))):
-        what, place = f"a {thing.colour} {thing.shape}", place_name(thing.start)
+        what, place = thing.name, place_name(thing.start)
         if thing.is_brief:
             parts.append(f"{what} flashes up at the {place}")
             continue

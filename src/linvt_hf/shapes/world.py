@@ -61,6 +61,10 @@ class Thing:
         return self.later if self.later is not None and frame >= self.changes else self.colour
 
     @property
+    def name(self) -> str:
+        return f"{'an' if self.colour[0] in 'aeiou' else 'a'} {self.colour} {self.shape}"
+
+    @property
     def moves(self) -> bool:
         return self.start != self.end
 
