@@ -44,8 +44,8 @@ class LinVTConfig(PreTrainedConfig):
         mlp_ratio: width of each feed-forward block, in multiples of `bottleneck_size`.
         num_selected_tokens: k of the top-k over all frames and places together.
         num_remainder_tokens: what top-k leaves out is averaged over so many stretches of time (ours); 0 drops it.
-        novelty_gain: how much of a token's score is, at first, its difference to the token before it at the same place
-            (ours); learned from there.
+        novelty_gain: how much of a token's score is, at first, how new it is at its place (ours, see `novelty`);
+            learned from there. 0 starts with scores that are all alike.
         pooling_scales: kernels of the average pooling in MTP.
         queries_per_scale: learnable queries of each scale; their sum is the number of tokens the LLM sees.
         text_conditioning: whether TTA reads the question. Off, a video's tokens are the same for every question.
@@ -69,7 +69,9 @@ class LinVTConfig(PreTrainedConfig):
     mlp_ratio: int = 4  # ours
     num_selected_tokens: int = 1024  # authors' code
     num_remainder_tokens: int = 0  # paper: what is not selected is dropped
-    novelty_gain: float | int = 0.0  # paper: scores are learned from nothing
+    # Paper: scores are learned from nothing. Ours, tried on `shapes`: with 1/4 of the tokens kept nothing is lost, and
+    # events of 2 to 4 frames among 256 are found.
+    novelty_gain: float | int = 12.0
     pooling_scales: list[int] | tuple[int, ...] = (1, 2, 4)  # paper
     queries_per_scale: list[int] | tuple[int, ...] = (32, 16, 16)  # ours; authors' code: 16 to 64 in all
     text_conditioning: bool = True  # paper

@@ -21,16 +21,6 @@ TEMPLATES = {
         "Where do you see the {thing}?",
     ),
     "count": ("How many shapes are there?", "How many things do you see?", "Count the shapes."),
-    "side": (
-        "Is the {thing} left or right of the {other}?",
-        "Left or right of the {other}: where is the {thing}?",
-        "Seen from the {other}, is the {thing} to the left or to the right?",
-    ),
-    "height": (
-        "Is the {thing} above or below the {other}?",
-        "Above or below the {other}: where is the {thing}?",
-        "Seen from the {other}, is the {thing} above or below?",
-    ),
     "description": ("Describe the picture.", "What is in the picture?", "What do you see?"),
     "picture": (
         "Which picture shows the {thing}?",
@@ -82,7 +72,6 @@ TEMPLATES = {
 }
 VIDEO_KINDS = ("direction", "colour in time", "order", "flash", "flash colour", "total", "motion")
 LONG_KINDS = ("flash", "flash colour", "flash place")
-CLEARLY = 8  # how far apart things are of which one is said to be left of the other, or above it
 RANKS = ("first", "second", "third", "fourth")
 
 
@@ -129,15 +118,6 @@ def _about_image(scene: Scene):
             yield "place", {"thing": f"{thing.colour} {thing.shape}"}, place_name(thing.start), PLACES
         if sum(other.colour == thing.colour for other in things) == 1:
             yield "shape", {"thing": thing.colour}, thing.shape, SHAPES
-    for thing, other in zip(things, things[1:], strict=False):
-        if [sum(third.shape == one.shape for third in things) for one in (thing, other)] != [1, 1]:
-            continue
-        names = {"thing": thing.shape, "other": other.shape}
-        (x, y), (other_x, other_y) = thing.start, other.start
-        if abs(x - other_x) > CLEARLY:
-            yield "side", names, "left" if x < other_x else "right", ("left", "right")
-        if abs(y - other_y) > CLEARLY:
-            yield "height", names, "above" if y < other_y else "below", ("above", "below")
     yield "count", {}, str(len(things)), COUNTS
     yield "description", {}, _description(things), ()
 
