@@ -40,8 +40,8 @@ runs the Python files of this folder.
 """
 
 UNTRAINED = (
-    "None yet: the video tokenizer has its initial weights, which pool the frames in order. Answers about videos are "
-    "the image-LLM's reading of that summary."
+    "None yet: the video tokenizer has its initial weights, which pool what is new in the frames, in order. Answers "
+    "about videos are the image-LLM's reading of that summary."
 )
 
 
