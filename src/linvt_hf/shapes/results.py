@@ -1,5 +1,5 @@
 """
-The tables of `make shapes-results`: every row trained and measured in the same way, from several seeds.
+Tables that compare LinVT with simpler ways: every row trained and measured in the same way, from several seeds.
 
 A result is a JSON file of its own, so a run that was killed goes on where it was.
 """
@@ -23,7 +23,7 @@ from ..training.feature_cache import FeatureCache
 from ..training.recipe import train
 from ..training.settings import TrainingSettings, read_settings
 from .evaluate import Score, Test
-from .rows import CURVE, KEPT, ROWS, TABLE, Row
+from .rows import CURVES, KEPT, ROWS, TABLE, Row
 from .world import LONG, SHORT
 
 FRAMES = {"video": SHORT, "long": LONG, "image": None}  # of each test
@@ -32,6 +32,8 @@ FRAMES = {"video": SHORT, "long": LONG, "image": None}  # of each test
 def run_all(jobs: list[tuple[Row, int]], out: Path, workers: int) -> None:
     """Runs what is not there yet, `workers` at a time with one thread each: faster than one after another with all."""
     missing = [(row.name, seed) for row, seed in jobs if not result_file(out, row, seed).exists()]
+    if not missing:
+        return
     out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread) as pool:
         for name, seed, seconds in pool.map(_run_job, *zip(*missing, strict=True), [out] * len(missing)):
@@ -146,11 +148,11 @@ def table(results: dict[str, list[dict]]) -> str:
 def curve(results: dict[str, list[dict]]) -> str:
     """Accuracy against k, in Markdown."""
     lines = ["| tokens kept by top-k | " + " | ".join(map(str, KEPT)) + " |", "|---|" + "---:|" * len(KEPT)]
-    for name in dict.fromkeys(row.name.split(",")[0] for row in CURVE):
+    for name, rows in CURVES.items():
         for kind in ("video", "long"):
             cells = []
-            for k in KEPT:
-                several = results[f"{name}, k = {k}"]
+            for row in rows:
+                several = results[row.name]
                 cells.append(_percent([result["trained"][kind]["exact"] for result in several]) if several else "")
             lines.append(f"| {name}, {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,0 +1,119 @@
+"""Rows of the comparison: each reads as many tokens as it says, and has off what its name says."""
+
+import json
+
+import pytest
+import torch
+
+from linvt_hf.modeling_linvt import LinVTForConditionalGeneration
+from linvt_hf.shapes import image_llm, results
+from linvt_hf.shapes.rows import CURVES, KEPT, ROWS, TABLE, TOKENS
+from linvt_hf.training.settings import read_settings
+
+BY_NAME = {row.name: row for row in ROWS}
+
+
+class Processor:
+    num_video_tokens = 32
+
+
+def build(name: str) -> LinVTForConditionalGeneration:
+    """A fresh model of a row, with the settings of `make shapes`, and the places that its prompts hold."""
+    row = BY_NAME[name]
+    torch.manual_seed(0)
+    base = image_llm.build_image_llm(image_llm.build_tokenizer())
+    settings = {**read_settings("shapes/stage1").linvt, **row.settings}
+    model = LinVTForConditionalGeneration.from_image_llm(base, 600, **settings)
+    processor = Processor()
+    row.apply(model, processor)
+    assert processor.num_video_tokens == row.tokens
+    return model.eval()
+
+
+def condense(model, frames: torch.Tensor, **inputs):
+    return model.video_tokenizer(frames, grid=(4, 4), **inputs)
+
+
+def frames(seed: int = 0) -> torch.Tensor:
+    return torch.randn(2, 16, 16, 128, generator=torch.Generator().manual_seed(seed))
+
+
+WORDS = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(1))
+
+
+def test_rows_have_names_of_their_own_and_curves_share_the_tables_rows():
+    assert len({row.name for row in (*TABLE, *ROWS)}) == len(ROWS)
+    kept = read_settings("shapes/stage1").linvt["num_selected_tokens"]
+    for rows in CURVES.values():
+        assert tuple(row.settings.get("num_selected_tokens", kept) for row in rows) == KEPT
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_row_reads_as_many_tokens_as_it_says(name):
+    model = build(name)
+    with torch.no_grad():
+        out = condense(model, frames(), text_embeds=WORDS)
+    assert out.video_tokens.shape == (2, BY_NAME[name].tokens, 128) and out.video_tokens.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["LinVT", "no text"])
+def test_text(name):
+    model = build(name)
+    with torch.no_grad():
+        asked, other = (condense(model, frames(), text_embeds=sign * WORDS).video_tokens for sign in (1, -1))
+    assert torch.equal(asked, other) == (name == "no text")
+
+
+@pytest.mark.parametrize("name", ["LinVT", "no score gradient"])
+def test_score_gradient(name):
+    model = build(name).train()
+    condense(model, frames(), text_embeds=WORDS).video_tokens.square().sum().backward()
+    gradient = model.video_tokenizer.scorer.score.weight.grad
+    assert (gradient is None) == (name == "no score gradient")
+
+
+@pytest.mark.parametrize("name", ["LinVT", "no temporal positions"])
+def test_temporal_positions(name):
+    model = build(name)
+    early, late = torch.arange(16.0).expand(2, -1), torch.arange(16.0).square().expand(2, -1)
+    with torch.no_grad():
+        one, other = (condense(model, frames(), frame_times=times).video_tokens for times in (early, late))
+    assert torch.equal(one, other) == (name == "no temporal positions")
+
+
+@pytest.mark.parametrize("name", ["LinVT", "values through a projection"])
+def test_values(name):
+    model = build(name)
+    with torch.no_grad():
+        out = condense(model, frames(), output_weights=True)
+        combined = out.weights @ frames().flatten(1, 2)
+    assert torch.allclose(out.video_tokens, combined, atol=1e-4) == (name == "LinVT")
+
+
+def test_random_queries_are_no_cells():
+    """On frames that are all alike, a cell's largest weight is far above its mean."""
+    weights = {}
+    for name in ("no top-k", "random query initialisation"):
+        model = build(name)
+        with torch.no_grad():
+            weights[name] = condense(model, torch.ones(1, 16, 16, 128), output_weights=True).weights[0, :16]
+    apart = {name: (w.max(dim=-1).values / w[w > 0].mean()).mean() for name, w in weights.items()}
+    assert 2 * apart["random query initialisation"] < apart["no top-k"]
+
+
+def test_only_linvt_that_is_not_frozen_learns():
+    assert not BY_NAME["LinVT untrained"].learns and not BY_NAME["uniform pooling"].learns and BY_NAME["LinVT"].learns
+
+
+def test_tables_show_what_is_there(tmp_path):
+    def result(seed, right):
+        kinds = {kind: {"exact": right, "options": right} for kind in results.FRAMES}
+        return {"row": "LinVT", "seed": seed, "untrained": kinds, "trained": kinds}
+
+    for seed, right in ((0, 0.9), (1, 0.8)):
+        results.result_file(tmp_path, BY_NAME["LinVT"], seed).write_text(json.dumps(result(seed, right)))
+    found = results.read_results(tmp_path)
+    assert results.table(found).splitlines()[2:] == ["| LinVT | 32 |" + " 85.0 ± 7.1 |" * 4]
+    assert "| LinVT, video |  |  | 85.0 ± 7.1 |  |  |" in results.curve(found)
+    results.run_all([(BY_NAME["LinVT"], 0)], tmp_path, workers=1)  # it is there: nothing to do
+    assert KEPT[0] == TOKENS
