@@ -300,6 +300,17 @@ def test_chunks_change_nothing():
             torch.testing.assert_close(logits(model, inputs), expected, **CLOSE)
 
 
+def test_no_video_is_padded_to_more_than_twice_its_length():
+    model, processor = wrapped("internvl_qwen2")
+    seen = []
+    hook = model.video_tokenizer.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[:2])))
+    try:
+        logits(model, encode(processor, *(chat(noise_video(n), "What moves?") for n in (3, 9, 4, 16)), num_frames=16))
+    finally:
+        hook.remove()
+    assert seen == [(2, 4), (2, 16)]  # videos, frames
+
+
 def test_question_free():
     model, processor = wrapped("mipha")
     inputs = encode(processor, chat(noise_video(), "What moves?"), questions=False)

@@ -186,8 +186,8 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
         text = None if question_ids is None else self.get_input_embeddings()(question_ids.to(self.base.device))
 
         rows: list[tuple] = [()] * len(videos)
-        # Videos whose frames have the same shape make one batch, unless some are more than twice as long as others:
-        # then most of it would be padding.
+        # Videos whose frames have the same shape make one batch. Their lengths lie between two powers of two, so that
+        # no video is padded to more than twice its length.
         alike = [(grid, (count - 1).bit_length()) for grid, count in zip(grids, counts, strict=True)]
         for kind in dict.fromkeys(alike):
             members = [index for index, other in enumerate(alike) if other == kind]
