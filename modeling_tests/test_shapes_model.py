@@ -38,7 +38,7 @@ def test_a_sample_learns_answers_only(tokenizer):
         assert len(sample.ids) == len(sample.labels) == len(sample.block)
         learned = tokenizer.decode([label for label in sample.labels if label >= 0]).split("<|im_end|>")
         possible = {answer for seed in range(20) for answer in (q.answer for q in ask(scene, Random(seed)))}
-        if len(sample.pixels) > 1:  # the first thing drawn: in which pictures things lie
+        if len(sample.pixels) > 1:  # which things are in which is drawn first, so it can be drawn again
             layers = image_llm.layered(scene, Random(number))
             possible |= {question.answer for question in ask_about_pictures(layers, Random(0))}
         assert learned.pop() == "" and set(learned) <= possible

@@ -69,8 +69,8 @@ class LinVTConfig(PreTrainedConfig):
     mlp_ratio: int = 4  # ours
     num_selected_tokens: int = 1024  # authors' code
     num_remainder_tokens: int = 0  # paper: what is not selected is dropped
-    # Paper: scores are learned from nothing. Ours, tried on `shapes`: with 1/4 of the tokens kept nothing is lost, and
-    # events of 2 to 4 frames among 256 are found.
+    # Paper: scores are learned from nothing. Ours, tried on `shapes` alone (one seed, 600 steps): 68.6 % with 1/4 of
+    # the tokens kept and 68.0 % with all; events of 2 to 4 frames among 256 are found in 99.7 %.
     novelty_gain: float | int = 12.0
     pooling_scales: list[int] | tuple[int, ...] = (1, 2, 4)  # paper
     queries_per_scale: list[int] | tuple[int, ...] = (32, 16, 16)  # ours; authors' code: 16 to 64 in all

@@ -27,7 +27,7 @@ def main() -> None:
     image_llm.add_argument("folder", type=Path)
     image_llm.add_argument("--seed", type=int, default=0)
     image_llm.add_argument("--vision-steps", type=int, default=2000)
-    image_llm.add_argument("--steps", type=int, default=1800)
+    image_llm.add_argument("--steps", type=int, default=3000)
     image_llm.set_defaults(run=_image_llm)
     args = parser.parse_args()
     args.run(args)
