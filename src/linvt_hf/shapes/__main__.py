@@ -1,6 +1,7 @@
-"""`python -m linvt_hf.shapes data FOLDER` and `python -m linvt_hf.shapes image-llm FOLDER`: see `make shapes`."""
+"""`python -m linvt_hf.shapes data FOLDER`, `image-llm FOLDER` and `results FOLDER`: see `make shapes` and after it."""
 
 import argparse
+import os
 from pathlib import Path
 
 from .videos import write_split
@@ -10,8 +11,10 @@ SCENES = {
     ("video", "validation"): 200,
     ("video", "test"): 500,
     ("long", "train"): 300,
+    ("long", "validation"): 50,
     ("long", "test"): 100,
     ("image", "train"): 1000,
+    ("image", "validation"): 100,
     ("image", "test"): 300,
 }
 
@@ -29,6 +32,15 @@ def main() -> None:
     image_llm.add_argument("--vision-steps", type=int, default=2000)
     image_llm.add_argument("--steps", type=int, default=3000)
     image_llm.set_defaults(run=_image_llm)
+    results = commands.add_parser("results", help="compare LinVT with simpler ways: train and measure every row")
+    results.add_argument("folder", type=Path, help="gets a file a result; what is there is not run again")
+    results.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows; all by default")
+    results.add_argument("--seeds", type=int, default=3)
+    results.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    results.add_argument(
+        "--write", type=Path, nargs="+", default=[], metavar="FILE", help="Markdown files whose tables are replaced"
+    )
+    results.set_defaults(run=_results)
     args = parser.parse_args()
     args.run(args)
 
@@ -47,6 +59,21 @@ def _image_llm(args) -> None:
     )
     save(model, tokenizer, args.folder)
     print(f"{args.folder}: right answers about pictures of the validation split, {evaluate(model, tokenizer)}")
+
+
+def _results(args) -> None:
+    from .results import read_results, run_all, tables, write_tables
+    from .rows import ROWS
+
+    rows = {row.name: row for row in ROWS}
+    if unknown := [name for name in args.rows or () if name not in rows]:
+        raise SystemExit(f"There is no row '{unknown[0]}'; rows are {', '.join(rows)}.")
+    chosen = [rows[name] for name in args.rows or rows]
+    run_all([(row, seed) for seed in range(args.seeds) for row in chosen], args.folder, args.workers)
+    found = read_results(args.folder)
+    print(*tables(found).values(), sep="\n\n")
+    for file in args.write:
+        write_tables(found, file)
 
 
 if __name__ == "__main__":

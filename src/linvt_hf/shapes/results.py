@@ -129,6 +129,22 @@ def read_results(out: Path) -> dict[str, list[dict]]:
     return found
 
 
+def tables(results: dict[str, list[dict]]) -> dict[str, str]:
+    return {"table": table(results), "curve": curve(results)}
+
+
+def write_tables(results: dict[str, list[dict]], file: Path) -> None:
+    """Replaces the tables of a Markdown file; each stands between two comments that hold its name."""
+    text = file.read_text(encoding="utf-8")
+    for name, lines in tables(results).items():
+        begin, end = f"<!-- shapes {name} -->", f"<!-- end of shapes {name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"{file} needs the lines '{begin}' and '{end}', once each, to hold that table.")
+        before, after = text.split(begin)[0], text.split(end)[1]
+        text = f"{before}{begin}\n{lines}\n{end}{after}"
+    file.write_text(text, encoding="utf-8")
+
+
 def table(results: dict[str, list[dict]]) -> str:
     """Rows of the comparison, in Markdown."""
     lines = [
