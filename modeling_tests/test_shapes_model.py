@@ -1,5 +1,6 @@
 """The small image-LLM of `shapes`: how its training data is made, and that it learns."""
 
+import math
 from random import Random
 
 import pytest
@@ -34,13 +35,15 @@ def test_the_tokenizer_reads_any_text_and_is_the_same_every_time(tokenizer):
 def test_a_sample_learns_answers_only(tokenizer):
     for number in range(30):
         scene = make_scene("image", "train", number)
-        sample = image_llm.pictures_sample(scene, Random(number), tokenizer)
+        random = Random(number)
+        sample = image_llm.pictures_sample(scene, random, tokenizer, albums=0.5)
         assert len(sample.ids) == len(sample.labels) == len(sample.block)
         learned = tokenizer.decode([label for label in sample.labels if label >= 0]).split("<|im_end|>")
-        possible = {answer for seed in range(20) for answer in (q.answer for q in ask(scene, Random(seed)))}
-        if len(sample.pixels) > 1:  # which things are in which is drawn first, so it can be drawn again
-            layers = image_llm.layered(scene, Random(number))
-            possible |= {question.answer for question in ask_about_pictures(layers, Random(0))}
+        # What is shown is drawn first, so it can be drawn again.
+        random = Random(number)
+        pictures = (image_llm.layered if random.random() >= 0.5 else image_llm.album)(scene, random)
+        assert len(sample.pixels) == len(pictures)
+        possible = {question.answer for question in ask(scene, Random(0)) + ask_about_pictures(pictures, Random(0))}
         assert learned.pop() == "" and set(learned) <= possible
         places = sample.ids.count(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
         assert places == image_llm.SIDE**2 * len(sample.pixels)
@@ -54,8 +57,7 @@ def test_a_question_sees_the_pictures_and_itself_only(tokenizer):
     questions = ask(scene, Random(1))
 
     def logits(asked):
-        sample = image_llm.Sample(image_llm.draw(scene, 0)[None], image_llm.contents(scene)[None])
-        image_llm.begin(sample, tokenizer)
+        sample = image_llm.of_pictures([image_llm.draw(scene, 0)], [scene], tokenizer)
         image_llm.ask_about(sample, asked, tokenizer)
         inputs, _ = image_llm.collate([sample], model)
         learned = torch.tensor(sample.labels) >= 0
@@ -105,24 +107,52 @@ def test_it_learns_from_a_seed_and_can_be_wrapped(tmp_path):
     assert len(wrapped.get_image_features(inputs["pixel_values"]).pooler_output[0]) == image_llm.SIDE**2
 
 
-def test_questions_about_several_pictures_are_answered_from_them():
+@pytest.mark.parametrize("spread", [image_llm.layered, image_llm.album])
+def test_questions_about_several_pictures_are_answered_from_them(spread):
     kinds = set()
     for number in range(60):
-        layers = image_llm.layered(make_scene("image", "train", number), Random(number))
-        if len(layers) == 1:
+        pictures = spread(make_scene("image", "train", number), Random(number))
+        if len(pictures) == 1:
             continue
-        for question in ask_about_pictures(layers, Random(number)):
+        shown = [{thing.shape: thing for thing in picture.things} for picture in pictures]
+        for question in ask_about_pictures(pictures, Random(number)):
             kinds.add(question.kind)
-            rank = next(rank for rank in RANKS if rank in question.text or rank == question.answer)
-            things = layers[RANKS.index(rank)].things
-            if question.kind == "picture":
-                assert any(thing.shape in question.text for thing in things)
-                assert sum(thing.shape in question.text for layer in layers for thing in layer.things) == 1
-            else:
-                assert question.answer.count(" at the ") == len(things) and all(
-                    t.name in question.answer for t in things
-                )
-    assert kinds == {"picture", "one of several"}
+            rank = next((rank for rank in RANKS if rank in question.text or rank == question.answer), "first")
+            here = shown[RANKS.index(rank)]
+            shape = next((shape for shape in SHAPES if shape in question.text), None)
+            match question.kind:
+                case "picture":
+                    assert [shape in things for things in shown].count(True) == 1 and shape in here
+                case "place in one":
+                    assert question.answer == place_name(here[shape].start)
+                case "colour in one":
+                    assert question.answer == here[shape].colour
+                case "same place":
+                    assert (question.answer == "yes") == (len({s[shape].start for s in shown if shape in s}) == 1)
+                case "shapes in all":
+                    assert int(question.answer) == len({shape for things in shown for shape in things})
+                case "one of several":
+                    things = pictures[RANKS.index(rank)].things
+                    assert question.answer.count(" at the ") == len(things)
+                    assert all(thing.name in question.answer for thing in things)
+    assert kinds == {"picture", "place in one", "colour in one", "same place", "shapes in all", "one of several"}
+
+
+def test_an_album_shows_each_shape_once_a_picture_and_nothing_overlaps():
+    changed = set()
+    for number in range(60):
+        pictures = image_llm.album(make_scene("image", "train", number), Random(number))
+        assert 2 <= len(pictures) <= 4
+        for picture in pictures:
+            assert len({thing.shape for thing in picture.things}) == len(picture.things)
+            for i, one in enumerate(picture.things):
+                for other in picture.things[:i]:
+                    assert math.dist(one.start, other.start) > one.radius + other.radius
+        seen = [{thing.shape: thing for thing in picture.things} for picture in pictures]
+        for shape in set(seen[0]) & set(seen[1]):
+            one, other = seen[0][shape], seen[1][shape]
+            changed.add((one.start != other.start, one.colour != other.colour))
+    assert len(changed) == 4
 
 
 def test_a_story_tells_what_is_asked_and_is_learned_itself(tokenizer):

@@ -333,7 +333,7 @@ def test_a_higher_score_earns_a_higher_weight(averages):
     (gradient,) = torch.autograd.grad(weights[..., 5].sum(), scores, retain_graph=True)
     assert gradient[0, 5] > 0
     # In scale 1 every other token loses; weights sum to 1.
-    (gradient,) = torch.autograd.grad(weights[:, :4, 5].sum(), scores)
+    (gradient,) = torch.autograd.grad(by_query(weights, model)[:, :4, 5].sum(), scores)
     assert (gradient[0, [*range(5), *range(6, 12)]] < 0).all()
 
 
@@ -370,7 +370,8 @@ def test_place_in_the_frame_matters():
 
 def test_grid_says_where_tokens_lie():
     model, tokens = fresh(num_selected_tokens=100, queries_per_scale=(8, 2, 2)), video(1, 2, 12)
-    weights = run(model, tokens, grid=(2, 6)).weights[0, :8].view(2, 4, 2, 2, 6)  # [time, quarter, T, rows, columns]
+    weights = by_query(run(model, tokens, grid=(2, 6)).weights, model)[0, :8]
+    weights = weights.view(2, 4, 2, 2, 6)  # [time, quarter, T, rows, columns]
     top, bottom = weights[:, :2], weights[:, 2:]
     left, right = weights[:, ::2], weights[:, 1::2]
     assert (top[..., 0, :].sum((-1, -2)) > 0.7).all()
@@ -428,8 +429,8 @@ def test_uneven_times_move_weights():
     # Seven frames in the first second, one much later: the cells of the second half of the video see only that one.
     model = fresh(num_selected_tokens=100)
     times = torch.tensor([[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 10.0]])
-    even = run(model, video(1, 8, 4)).weights.view(8, 8, 4).sum(-1)
-    uneven = run(model, video(1, 8, 4), frame_times=times).weights.view(8, 8, 4).sum(-1)
+    even = by_query(run(model, video(1, 8, 4)).weights, model).view(8, 8, 4).sum(-1)
+    uneven = by_query(run(model, video(1, 8, 4), frame_times=times).weights, model).view(8, 8, 4).sum(-1)
     assert uneven[3, 7] > 0.95  # scale 1, last of four cells
     assert even[3, 7] < 0.75
     assert uneven[0, :7].sum() > 0.99
@@ -626,6 +627,20 @@ def test_spread_is_the_transpose_of_pool(kernel, length):
 CELLS = {"num_selected_tokens": 10**6, "queries_per_scale": (32, 16, 8)}
 
 
+def by_query(weights, model):
+    """W in the order of queries, scale after scale; the LLM reads its rows in the order of time."""
+    return weights[:, torch.tensor(model.config.token_order()).argsort()]
+
+
+def test_tokens_are_read_in_the_order_of_time_whatever_their_scale():
+    model = fresh(**CELLS)
+    weights = run(model, video(1, 16, 16)).weights[0]
+    times = centers_of_mass(weights, 16, 4)[:, 0]
+    assert (times.diff() > -0.1).all()  # a cell of half the video leans inwards
+    assert times.split((32, 16, 8))[0].max() < 0.7  # not scale after scale
+    assert sorted(model.config.token_order()) == list(range(56))
+
+
 def centers_of_mass(weights, frames, side):
     """[M, 3]: where each query looks, in time, height and width."""
     weights = weights.view(-1, frames, side, side)
@@ -636,8 +651,8 @@ def centers_of_mass(weights, frames, side):
 def test_queries_start_at_their_cells():
     frames, side = 16, 8
     model = fresh(**CELLS)
-    out = run(model, video(1, frames, side**2))
-    found = centers_of_mass(out.weights[0], frames, side)
+    weights = by_query(run(model, video(1, frames, side**2)).weights, model)[0]
+    found = centers_of_mass(weights, frames, side)
     cells = torch.tensor([center for center, _ in model.config.query_cells()])
     # A cell's edge is soft and the video ends, so its mass leans inwards; a quarter of the video is still far off.
     assert (found - cells).abs().max() < 0.12
@@ -647,7 +662,7 @@ def test_queries_start_at_their_cells():
         assert torch.equal(nearest, torch.arange(count))
         start += count
     # Concentrated, not just centred: most weight lies within two widths in time.
-    for row, (center, width) in zip(out.weights[0], model.config.query_cells(), strict=True):
+    for row, (center, width) in zip(weights, model.config.query_cells(), strict=True):
         time = (torch.arange(frames) + 0.5) / frames
         near = (time - center[0]).abs() <= 2 * width[0] + 0.5 / frames
         assert row.view(frames, -1).sum(-1)[near].sum() > 0.9
@@ -660,7 +675,7 @@ def test_any_number_of_frames_in_temporal_order(frames, k):
     out = run(model, video(1, frames, 16))
     close(out.weights.sum(-1), torch.ones(1, 56))
     assert out.video_tokens.isfinite().all()
-    times = centers_of_mass(out.weights[0], frames, 4)[:, 0]
+    times = centers_of_mass(by_query(out.weights, model)[0], frames, 4)[:, 0]
     for part, count in zip(times.split((32, 16, 8)), (32, 16, 8), strict=True):
         steps = part.view(-1, 4).mean(-1)  # four quarters of the picture a step
         assert len(steps) == count // 4

@@ -142,6 +142,14 @@ class LinVTConfig(PreTrainedConfig):
                 cells.append((((time + 0.5) / steps, (row + 0.5) / side, (column + 0.5) / side), widths))
         return cells
 
+    def token_order(self) -> list[int]:
+        """
+        Which query each of the M tokens comes from: the LLM, which tells early from late by position, reads them in
+        the order of their cells' times, whatever their scale (ours).
+        """
+        times = [time for (time, _, _), _ in self.query_cells()]
+        return sorted(range(len(times)), key=times.__getitem__)
+
 
 def is_hub_id(name: str) -> bool:
     """Whether a model's name is one of the Hub ("owner/name") rather than a folder."""

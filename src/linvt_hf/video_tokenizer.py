@@ -324,6 +324,7 @@ class TextConditionedAggregator(nn.Module):
         self.embed_word_order = PlaceEmbedding(1, size)
         self.no_text = nn.Parameter(torch.empty(size))  # always readable, so a video without a question has a key too
         self.layers = nn.ModuleList(AggregationLayer(config) for _ in range(config.num_aggregation_layers))
+        self.token_order = config.token_order()
         self.query_norm, self.to_query = nn.LayerNorm(size), nn.Linear(size, size)
         self.to_key = nn.Linear(size, size, bias=False)
 
@@ -376,7 +377,7 @@ class TextConditionedAggregator(nn.Module):
             share = logits.softmax(dim=-1)
             count = window.mask.shape[1]
             weights.append(_with(window.spread(share[..., :count]), share[..., count:], dim=2))
-        return torch.cat(weights, dim=1)
+        return torch.cat(weights, dim=1)[:, self.token_order]
 
 
 def _with(first: Tensor, second: Tensor | None, dim: int = 1) -> Tensor:

@@ -27,7 +27,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTr
 
 from ..training.labels import IGNORED
 from .questions import PLACES, RANKS, Question, ask, ask_about_pictures, place_name
-from .world import CANVAS, COLOURS, SHAPES, Scene, Thing, draw, make_scene
+from .world import CANVAS, COLOURS, SHAPES, Scene, Thing, draw, make_scene, moved
 
 VOCABULARY = 640
 PATCH = 8
@@ -74,8 +74,11 @@ def _words() -> Iterator[str]:
     for kind in ("image", "video", "long"):
         for number in range(400):
             scene = make_scene(kind, "train", number)
-            album = [scene] + [replace(scene, things=())] * (len(RANKS) - 1)
-            for question in ask(scene, Random(number)) + ask_about_pictures(album, Random(number)):
+            questions = ask(scene, Random(number))
+            if kind == "image":
+                pictures = [scene, *album(scene, Random(number))]
+                questions += ask_about_pictures(pictures[: len(RANKS)], Random(number))
+            for question in questions:
                 yield from (question.text, question.answer, "user\n", "assistant\n", "system\n")
 
 
@@ -139,27 +142,31 @@ class Sample:
         self.block += [block] * len(ids)
 
 
-def pictures_sample(scene: Scene, random: Random, tokenizer) -> Sample:
+def pictures_sample(scene: Scene, random: Random, tokenizer, albums: float) -> Sample:
     """
-    A scene in one to four pictures, each of which shows some of its things, and what is asked about it.
+    A scene in one to four pictures, each of which shows some of its things, or (`albums` of the time) several pictures
+    in which they change, and what is asked about them.
 
     Image-LLMs of this architecture read large images as several tiles and several images a prompt, so they are used
     to any number of visual tokens and to a thing that is seen more than once; this one learns it here.
     """
-    layers = layered(scene, random)
-    sample = Sample(
-        np.stack([as_file(draw(layer, 0), random) for layer in layers]), np.stack([contents(s) for s in layers])
-    )
-    begin(sample, tokenizer)
-    questions = ask(scene, random) + (ask_about_pictures(layers, random) if len(layers) > 1 else [])
+    if random.random() >= albums:
+        pictures = layered(scene, random)
+        questions = ask(scene, random) + (ask_about_pictures(pictures, random) if len(pictures) > 1 else [])
+    else:
+        pictures = album(scene, random)
+        questions = ask_about_pictures(pictures, random)
+    sample = of_pictures([as_file(draw(picture, 0), random) for picture in pictures], pictures, tokenizer)
     ask_about(sample, _some(questions, random), tokenizer)
     return sample
 
 
-def begin(sample: Sample, tokenizer) -> None:
-    """The prompt up to the question, with the pictures' places."""
-    places = "<IMG_CONTEXT>" * SIDE**2 * len(sample.pixels)
+def of_pictures(drawn: list[np.ndarray], pictures: list[Scene], tokenizer) -> Sample:
+    """The prompt up to the question."""
+    sample = Sample(np.stack(drawn), np.stack([contents(picture) for picture in pictures]))
+    places = "<IMG_CONTEXT>" * SIDE**2 * len(drawn)
     sample.add(tokenizer(f"<|im_start|>user\n<img>{places}</img>\n")["input_ids"], 0)
+    return sample
 
 
 def story_sample(scene: Scene, random: Random, tokenizer) -> Sample:
@@ -180,7 +187,7 @@ def _some(questions: list[Question], random: Random, count: int = 6) -> list[Que
     """A few questions, and in half of the samples one whose answer is long, which outweighs the others."""
     long = [question for question in questions if not question.options]
     short = [question for question in questions if question.options]
-    return random.sample(short, min(count, len(short))) + random.sample(long, random.randint(0, 1))
+    return random.sample(short, min(count, len(short))) + random.sample(long, random.randint(0, min(len(long), 1)))
 
 
 def ask_about(sample: Sample, questions: list[Question], tokenizer) -> None:
@@ -204,6 +211,28 @@ def layered(scene: Scene, random: Random) -> list[Scene]:
         for layer in random.sample(layers, random.randint(1, count)):
             layer.append(thing)
     return [replace(scene, things=tuple(things)) for things in layers]
+
+
+def album(scene: Scene, random: Random) -> list[Scene]:
+    """
+    Two to four pictures of the scene's things, each shape once at most: what is in one may be missing in the next, or
+    be at another place, or have another colour.
+    """
+    cast = {thing.shape: thing for thing in scene.things}.values()
+    restless = {thing.shape for thing in cast if random.random() < 0.5}
+    colourful = {thing.shape for thing in cast if random.random() < 0.3}
+    pictures = []
+    for _ in range(random.randint(2, 4)):
+        things: list[Thing] = []
+        for thing in sorted(cast, key=lambda thing: thing.shape in restless):  # those that stay take their place first
+            if random.random() < 0.25:
+                continue
+            if thing.shape in colourful:
+                thing = replace(thing, colour=random.choice(list(COLOURS)))
+            if thing.shape not in restless or (thing := moved(thing, things, random)) is not None:
+                things.append(thing)
+        pictures.append(replace(scene, things=tuple(things)))
+    return pictures
 
 
 def as_file(picture: np.ndarray, random: Random) -> np.ndarray:
@@ -278,9 +307,15 @@ def pretrain(
         target = torch.from_numpy(np.stack([contents(scene) for scene in several]))
         return head.loss(visual_tokens(model, np.stack([as_file(draw(s, 0), random) for s in several])), target)
 
+    progress = itertools.count()
+
     def answer() -> Tensor:
         told = batch // 4
-        samples = [pictures_sample(scene, random, tokenizer) for scene in itertools.islice(scenes, batch - told)]
+        # To find a thing in one picture comes first: with albums from the start it was not learned.
+        albums = 0.0 if next(progress) < 0.4 * steps else 0.6
+        samples = [
+            pictures_sample(scene, random, tokenizer, albums) for scene in itertools.islice(scenes, batch - told)
+        ]
         samples += [story_sample(scene, random, tokenizer) for scene in itertools.islice(stories, told)]
         inputs, tokens = collate(samples, model)
         target = torch.from_numpy(np.concatenate([sample.contents for sample in samples]))
@@ -340,17 +375,18 @@ def evaluate(model, tokenizer, scenes: int = 200) -> dict[str, float]:
     """Share of answers that greedy decoding would give word for word, by kind of question."""
     right: dict[str, list[bool]] = {}
     for number in range(scenes):
+        random = Random(number)
         scene = make_scene("image", "validation", number)
-        questions = ask(scene, Random(number))
-        sample = Sample(draw(scene, 0)[None], contents(scene)[None])
-        begin(sample, tokenizer)
-        ask_about(sample, questions, tokenizer)
-        inputs, _ = collate([sample], model)
-        labels = inputs.pop("labels")[0, 1:]
-        wrong = (model(**inputs).logits[0, :-1].argmax(-1) != labels) & (labels != IGNORED)
-        blocks = torch.tensor(sample.block[1:])
-        for block, question in enumerate(questions, 1):
-            right.setdefault(question.kind, []).append(not wrong[blocks == block].any())
+        several = album(scene, random)
+        for pictures, questions in (([scene], ask(scene, random)), (several, ask_about_pictures(several, random))):
+            sample = of_pictures([draw(picture, 0) for picture in pictures], pictures, tokenizer)
+            ask_about(sample, questions, tokenizer)
+            inputs, _ = collate([sample], model)
+            labels = inputs.pop("labels")[0, 1:]
+            wrong = (model(**inputs).logits[0, :-1].argmax(-1) != labels) & (labels != IGNORED)
+            blocks = torch.tensor(sample.block[1:])
+            for block, question in enumerate(questions, 1):
+                right.setdefault(question.kind, []).append(not wrong[blocks == block].any())
     return {kind: round(sum(ones) / len(ones), 3) for kind, ones in right.items()}
 
 

@@ -32,6 +32,26 @@ TEMPLATES = {
         "What is in the {rank} picture?",
         "What does the {rank} picture show?",
     ),
+    "place in one": (
+        "Where is the {thing} in the {rank} picture?",
+        "In the {rank} picture, where is the {thing}?",
+        "Where do you see the {thing} in the {rank} picture?",
+    ),
+    "colour in one": (
+        "What colour is the {thing} in the {rank} picture?",
+        "Which colour does the {thing} have in the {rank} picture?",
+        "In the {rank} picture, what colour is the {thing}?",
+    ),
+    "same place": (
+        "Is the {thing} at the same place in all pictures?",
+        "Do all pictures show the {thing} at the same place?",
+        "The {thing}: is its place always the same?",
+    ),
+    "shapes in all": (
+        "How many different shapes do the pictures show?",
+        "How many different shapes are there in all pictures?",
+        "How many different shapes in total?",
+    ),
     "caption": ("Describe the video.", "What happens in the video?", "What happens?"),
     "direction": (
         "Which way does the {thing} move?",
@@ -129,12 +149,21 @@ def _description(things: tuple[Thing, ...]) -> str:
 
 
 def _about_pictures(pictures: list[Scene]):
-    shown = [thing for picture in pictures for thing in picture.things]
+    shown: dict[str, list[tuple[str, Thing]]] = {}
     for rank, picture in zip(RANKS, pictures, strict=False):
         for thing in picture.things:
-            if sum(other.shape == thing.shape for other in shown) == 1:
-                yield "picture", {"thing": thing.shape}, rank, RANKS[: len(pictures)]
+            shown.setdefault(thing.shape, []).append((rank, thing))
         yield "one of several", {"rank": rank}, _description(picture.things) or "nothing", ()
+    yield "shapes in all", {}, str(len(shown)), COUNTS
+    for shape, seen in shown.items():
+        if len(seen) == 1:
+            yield "picture", {"thing": shape}, seen[0][0], RANKS[: len(pictures)]
+        elif len({rank for rank, _ in seen}) == len(seen):  # one a picture, so its name is enough
+            for rank, thing in seen:
+                yield "place in one", {"thing": shape, "rank": rank}, place_name(thing.start), PLACES
+                yield "colour in one", {"thing": shape, "rank": rank}, thing.colour, COLOURS
+            same = len({thing.start for _, thing in seen}) == 1
+            yield "same place", {"thing": shape}, "yes" if same else "no", ("yes", "no")
 
 
 def _about_video(scene: Scene):

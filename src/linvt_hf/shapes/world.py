@@ -177,6 +177,16 @@ def _fits(thing: Thing, others: list[Thing]) -> bool:
     return not any(_collide(thing, other) for other in others)
 
 
+def moved(thing: Thing, others: list[Thing], random: Random) -> Thing | None:
+    """The same thing, still, where it touches none of the others; None if no place was found."""
+    for _ in range(20):
+        place = _anywhere(random, thing.radius)
+        elsewhere = replace(thing, start=place, end=place)
+        if _fits(elsewhere, others):
+            return elsewhere
+    return None
+
+
 def _image(random: Random) -> Scene | None:
     """One to five things, no two of the same shape and colour."""
     kinds = [(shape, colour) for shape in SHAPES for colour in COLOURS]
