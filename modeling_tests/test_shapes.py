@@ -183,3 +183,15 @@ def test_written_files_hold_the_scene(tmp_path, kind, count):
         assert clip.frames.shape == (LONG if kind == "long" else SHORT, 64, 64, 3)
         difference = np.abs(clip.frames.numpy().astype(int) - draw_video(scene))
         assert difference.mean() < 4  # H.264 keeps colour at half the resolution
+
+
+def test_for_training_everything_is_asked_and_else_one_question_of_each_kind(tmp_path):
+    for split in ("train", "test"):
+        write_split(tmp_path, "video", split, 3)
+        asked = [json.loads(line) for line in (tmp_path / f"video-{split}.jsonl").read_text().splitlines()]
+        every = [question for scene in scenes("video", split, 3) for question in ask(scene, Random(0))]
+        kinds = [question.kind for question in every if question.kind != "caption"]
+        if split == "train":
+            assert sorted(record["kind"] for record in asked) == sorted(kinds)
+        else:
+            assert len(asked) < len(kinds)

@@ -33,7 +33,8 @@ def chosen_questions(scene: Scene, random: Random) -> list[Question]:
 
 def write_split(folder: str | Path, kind: str, split: str, count: int, size: int = CANVAS) -> list[Path]:
     """
-    Writes the first `count` scenes of a split and what is asked about them.
+    Writes the first `count` scenes of a split and what is asked about them: for training all there is to ask, else one
+    question of each kind.
 
     Args:
         folder: gets `<kind>/<split>/*.mp4` (`*.png` for images), `<kind>-<split>.jsonl` and, for videos,
@@ -50,7 +51,8 @@ def write_split(folder: str | Path, kind: str, split: str, count: int, size: int
         media = f"{kind}/{split}/{number:05d}.{'png' if kind == 'image' else 'mp4'}"
         if not (folder / media).exists():
             _write_media(scene, folder / media, size)
-        for question in chosen_questions(scene, Random(f"questions {kind} {split} {number}")):
+        questions = ask if split == "train" else chosen_questions
+        for question in questions(scene, Random(f"questions {kind} {split} {number}")):
             file = f"{kind}-{split}{'-captions' if question.kind == 'caption' else ''}.jsonl"
             records.setdefault(file, []).append(json.dumps(_record(question, media)) + "\n")
     for file, lines in records.items():
