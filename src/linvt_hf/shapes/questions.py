@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 from .world import COLOURS, DIRECTIONS, SHAPES, SHORT, Scene, Thing
@@ -186,8 +187,8 @@ def _about_video(scene: Scene):
         if thing.later:
             for when, colour in (("start", thing.colour), ("end", thing.later)):
                 yield "colour in time", {"thing": thing.shape, "when": when}, colour, COLOURS
-    if len({thing.appears for thing in lasting}) == len(lasting) > 1:
-        ordered = sorted(lasting, key=lambda thing: thing.appears)
+    ordered = sorted(scene.things, key=lambda thing: thing.appears)
+    if len(ordered) > 1 and all(b.appears - a.appears >= 2 for a, b in pairwise(ordered)):
         for rank, thing in zip(RANKS, ordered, strict=False):
             yield "order", {"rank": rank}, thing.shape, SHAPES
     yield "total", {}, str(len(scene.things)), COUNTS
