@@ -1,5 +1,6 @@
 """Rows of the comparison: each reads as many tokens as it says, and has off what its name says."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from linvt_hf.modeling_linvt import LinVTForConditionalGeneration
 from linvt_hf.shapes import image_llm, results
 from linvt_hf.shapes.rows import CURVES, KEPT, ROWS, TABLE, TOKENS
+from linvt_hf.shapes.videos import write_split
 from linvt_hf.training.settings import read_settings
 
 BY_NAME = {row.name: row for row in ROWS}
@@ -111,9 +113,46 @@ def test_tables_show_what_is_there(tmp_path):
         return {"row": "LinVT", "seed": seed, "untrained": kinds, "trained": kinds}
 
     for seed, right in ((0, 0.9), (1, 0.8)):
-        results.result_file(tmp_path, BY_NAME["LinVT"], seed).write_text(json.dumps(result(seed, right)))
+        results.Job(BY_NAME["LinVT"], seed, tmp_path).file.write_text(json.dumps(result(seed, right)))
     found = results.read_results(tmp_path)
     assert results.table(found).splitlines()[2:] == ["| LinVT | 32 |" + " 85.0 ± 7.1 |" * 4]
     assert "| LinVT, video |  |  | 85.0 ± 7.1 |  |  |" in results.curve(found)
-    results.run_all([(BY_NAME["LinVT"], 0)], tmp_path, workers=1)  # it is there: nothing to do
     assert KEPT[0] == TOKENS
+
+    page = tmp_path / "page.md"
+    page.write_text(
+        "".join(f"{n}\n<!-- shapes {n} -->\nold\n<!-- end of shapes {n} -->\n" for n in ("table", "curve"))
+    )
+    results.write_tables(found, page)
+    assert "old" not in page.read_text() and results.table(found) in page.read_text()
+    before = page.read_text()
+    results.write_tables(found, page)
+    assert page.read_text() == before
+    page.write_text("nothing here")
+    with pytest.raises(ValueError, match="page.md needs the lines '<!-- shapes table -->'"):
+        results.write_tables(found, page)
+
+
+def test_a_row_is_trained_measured_and_not_run_again(tmp_path, monkeypatch, capsys):
+    """The way that `make shapes-results` goes, small."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    tokenizer = image_llm.build_tokenizer()
+    image_llm.save(image_llm.build_image_llm(tokenizer), tokenizer, tmp_path / "build/shapes/image-llm")
+    for kind in ("video", "image"):
+        for split in ("train", "test"):
+            write_split(tmp_path / "build/shapes/data", kind, split, 2)
+    monkeypatch.delitem(results.FRAMES, "long")
+    short = "[build/shapes/data/video-train-captions.jsonl,build/shapes/data/video-train.jsonl]"
+    overrides = ("max_steps=2", "batch_size=4", f"data={short}", "log_every=1")
+    for name in ("LinVT", "uniform pooling", "LinVT untrained"):
+        job = results.Job(BY_NAME[name], 1, tmp_path / "results", overrides)
+        assert not job.is_done()
+        results._run_job(name, 1, tmp_path / "results", overrides)
+        result = json.loads(job.file.read_text())
+        assert job.is_done() and not dataclasses.replace(job, overrides=("max_steps=3",)).is_done()
+        assert len(result["stage2"]) == 2 and ("stage1" in result) == (name == "LinVT")
+        assert result["pictures with adapters off"] == result["untrained"]["image"]
+        assert result["trained"]["video"]["questions"] > 5
+        results.run_all([job], workers=1)  # it is there: nothing to do
+    assert not any((tmp_path / "results" / "runs").iterdir())

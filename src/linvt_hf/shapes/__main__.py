@@ -40,6 +40,7 @@ def main() -> None:
     results.add_argument(
         "--write", type=Path, nargs="+", default=[], metavar="FILE", help="Markdown files whose tables are replaced"
     )
+    results.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of both stages' recipes")
     results.set_defaults(run=_results)
     args = parser.parse_args()
     args.run(args)
@@ -62,14 +63,15 @@ def _image_llm(args) -> None:
 
 
 def _results(args) -> None:
-    from .results import read_results, run_all, tables, write_tables
+    from .results import Job, read_results, run_all, tables, write_tables
     from .rows import ROWS
 
     rows = {row.name: row for row in ROWS}
     if unknown := [name for name in args.rows or () if name not in rows]:
         raise SystemExit(f"There is no row '{unknown[0]}'; rows are {', '.join(rows)}.")
     chosen = [rows[name] for name in args.rows or rows]
-    run_all([(row, seed) for seed in range(args.seeds) for row in chosen], args.folder, args.workers)
+    overrides = tuple(args.overrides)
+    run_all([Job(row, seed, args.folder, overrides) for seed in range(args.seeds) for row in chosen], args.workers)
     found = read_results(args.folder)
     print(*tables(found).values(), sep="\n\n")
     for file in args.write:

@@ -6,9 +6,11 @@ A result is a JSON file of its own, so a run that was killed goes on where it wa
 
 import dataclasses
 import json
+import shutil
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,79 +31,106 @@ from .world import LONG, SHORT
 FRAMES = {"video": SHORT, "long": LONG, "image": None}  # of each test
 
 
-def run_all(jobs: list[tuple[Row, int]], out: Path, workers: int) -> None:
+@dataclass(frozen=True)
+class Job:
+    """One row from one seed. `overrides` are `key=value` for the recipes of both stages."""
+
+    row: Row
+    seed: int
+    out: Path
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.row.name.replace(' ', '-')}-{self.seed}"
+
+    @property
+    def file(self) -> Path:
+        return self.out / f"{self.name}.json"
+
+    def settings(self) -> list[TrainingSettings]:
+        """Of both stages."""
+        return [
+            dataclasses.replace(
+                settings,
+                seed=self.seed,
+                output=str(self.out / "runs" / self.name / stage),
+                eval_data=[],
+                save_every=10**6,
+                linvt={**settings.linvt, **self.row.settings},
+                freeze_linvt=self.row.frozen and stage == "stage2",
+            )
+            for stage in ("stage1", "stage2")
+            for settings in [read_settings(f"shapes/{stage}", self.overrides)]
+        ]
+
+    def is_done(self) -> bool:
+        """Whether its result is there, from the recipes as they are now."""
+        return self.file.exists() and json.loads(self.file.read_text())["recipe"] == self.recipe()
+
+    def recipe(self) -> list[dict]:
+        """What the result rests on, as JSON holds it."""
+        settings = [dataclasses.asdict(dataclasses.replace(stage, output="")) for stage in self.settings()]
+        return json.loads(json.dumps(settings))
+
+
+def run_all(jobs: list[Job], workers: int) -> None:
     """Runs what is not there yet, `workers` at a time with one thread each: faster than one after another with all."""
-    missing = [(row.name, seed) for row, seed in jobs if not result_file(out, row, seed).exists()]
-    if not missing:
-        return
-    out.mkdir(parents=True, exist_ok=True)
+    missing = [job for job in jobs if not job.is_done()]
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread) as pool:
-        for name, seed, seconds in pool.map(_run_job, *zip(*missing, strict=True), [out] * len(missing)):
-            print(f"{name}, seed {seed}: {seconds:.0f} s", flush=True)
-
-
-def result_file(out: Path, row: Row, seed: int) -> Path:
-    return out / f"{row.name.replace(' ', '-')}-{seed}.json"
+        running = {pool.submit(_run_job, job.row.name, job.seed, job.out, job.overrides): job for job in missing}
+        for number, future in enumerate(as_completed(running), 1):
+            job = running[future]
+            print(f"{number}/{len(missing)}: {job.row.name}, seed {job.seed}: {future.result():.0f} s", flush=True)
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _run_job(name: str, seed: int, out: Path) -> tuple[str, int, float]:
-    row = next(row for row in ROWS if row.name == name)
+def _run_job(name: str, seed: int, out: Path, overrides: tuple[str, ...]) -> float:
+    """Writes the result of a job, of which only what can be pickled comes here, and returns the seconds it took."""
+    job = Job(next(row for row in ROWS if row.name == name), seed, out, overrides)
     started = time.monotonic()
-    result = run_row(row, seed, out)
-    file = result_file(out, row, seed)
-    file.with_suffix(".part").write_text(json.dumps(result, indent=1))
-    file.with_suffix(".part").replace(file)
-    return name, seed, time.monotonic() - started
+    result = json.dumps(run(job), indent=1)
+    out.mkdir(parents=True, exist_ok=True)
+    unfinished = job.file.with_suffix(".part")
+    unfinished.write_text(result)
+    unfinished.replace(job.file)
+    shutil.rmtree(job.out / "runs" / job.name)  # checkpoints, of which nobody asks for so many
+    return time.monotonic() - started
 
 
 @cache
-def features_in_memory() -> FeatureCache:
+def _features(folder: str | None) -> FeatureCache:
     """One for all rows of a process: the frozen encoder gives all of them the same tokens."""
-    return FeatureCache(memory=True)
+    return FeatureCache(folder, memory=True)
 
 
-def run_row(row: Row, seed: int, out: Path) -> dict:
+def run(job: Job) -> dict:
     """Trains a row in the stages of `make shapes`, and measures it before and after."""
-    stages = [_settings(stage, row, seed, out) for stage in (1, 2)]
-    set_seed(seed)
+    row, stages = job.row, job.settings()
+    set_seed(job.seed)
     model, processor = wrap(stages[0].model, num_frames=stages[0].num_frames, **stages[0].linvt)
     row.apply(model, processor)
     model.base.requires_grad_(False)  # as it stays, so that its visual tokens can be kept
-    features = features_in_memory()
+    features = _features(stages[0].feature_cache)
     folder = Path(stages[0].data[0].path).parent
     tests = {
         kind: Test(folder / f"{kind}-test.jsonl", processor, features, model, num_frames=frames)
         for kind, frames in FRAMES.items()
     }
-    result = {"row": row.name, "seed": seed, "untrained": _report(tests, model)}
-    if row.frozen:
-        stages[1] = dataclasses.replace(stages[1], freeze_linvt=True)
+    result = {"row": row.name, "seed": job.seed, "recipe": job.recipe(), "untrained": _report(tests, model)}
     for settings in stages if row.learns else stages[1:]:
-        data = ChatDataset(settings.data, processor, num_frames=settings.num_frames, features=features, seed=seed)
+        data = ChatDataset(settings.data, processor, num_frames=settings.num_frames, features=features, seed=job.seed)
         features.fill(model, data, progress=False)
-        run = train(settings, model=model, processor=processor, data=data)
-        result[Path(settings.output).name] = [entry["loss"] for entry in run.history if "loss" in entry]
+        settings = dataclasses.replace(settings, feature_cache=None)  # it is filled, and in `data`
+        history = train(settings, model=model, processor=processor, data=data).history
+        result[Path(settings.output).name] = [entry["loss"] for entry in history if "loss" in entry]
     result["trained"] = _report(tests, model)
     with adapters_off(model):
-        result["images with adapters off"] = _report({"image": tests["image"]}, model)["image"]
+        result["pictures with adapters off"] = _report({"image": tests["image"]}, model)["image"]
     return result
-
-
-def _settings(stage: int, row: Row, seed: int, out: Path) -> TrainingSettings:
-    settings = read_settings(f"shapes/stage{stage}")
-    return dataclasses.replace(
-        settings,
-        seed=seed,
-        output=str(out / "runs" / f"{row.name.replace(' ', '-')}-{seed}" / f"stage{stage}"),
-        eval_data=[],
-        feature_cache=None,
-        save_every=10**6,
-        linvt={**settings.linvt, **row.settings},
-    )
 
 
 def _report(tests: dict[str, Test], model) -> dict:
