@@ -22,7 +22,7 @@ def test_defaults():
     assert config.pooling_scales == [1, 2, 4]
     assert config.queries_per_scale == [32, 16, 16]
     assert config.num_video_tokens == 64
-    assert config.text_conditioning is True
+    assert config.text_conditioning is True and config.text_in_scores is True
     assert config.base_config is None and config.video_token_id is None
     assert config.model_type == "linvt"
 

@@ -315,7 +315,7 @@ def test_a_video_without_a_question_has_gradients_for_all():
     prepare(model, TrainingSettings(model="m", output="o", gradient_checkpointing=False))
     inputs = encode(processor, chat(noise_video(), "What moves?"), questions=False)
     model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
-    text = model.video_tokenizer.aggregator.project_text
+    text = model.video_tokenizer.question.project
     assert not text.weight.grad.any() and model.video_tokenizer.scorer.project.weight.grad.any()
 
 

@@ -48,7 +48,8 @@ class LinVTConfig(PreTrainedConfig):
             learned from there. 0 starts with scores that are all alike.
         pooling_scales: kernels of the average pooling in MTP.
         queries_per_scale: learnable queries of each scale; their sum is the number of tokens the LLM sees.
-        text_conditioning: whether TTA reads the question. Off, a video's tokens are the same for every question.
+        text_conditioning: whether the question is read. Off, a video's tokens are the same for every question.
+        text_in_scores: whether the scores of SSS read it, too, and not TTA alone.
         frames_per_chunk: frames that go through the vision encoder at once; bounds memory, changes no result.
         initializer_range: standard deviation of LinVT's freshly made weights.
 
@@ -75,6 +76,7 @@ class LinVTConfig(PreTrainedConfig):
     pooling_scales: list[int] | tuple[int, ...] = (1, 2, 4)  # paper
     queries_per_scale: list[int] | tuple[int, ...] = (32, 16, 16)  # ours; authors' code: 16 to 64 in all
     text_conditioning: bool = True  # paper
+    text_in_scores: bool = True  # ours: what is kept of a video depends on what is asked
     frames_per_chunk: int = 32  # ours
     initializer_range: float | int = 0.02  # ours
 

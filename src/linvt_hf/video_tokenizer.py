@@ -5,7 +5,7 @@ A video's visual tokens V, [T frames, N tokens, D], become M tokens, each a conv
 that is learned works in a bottleneck of width d and ends in weights; the values those weights mix are V, untouched:
 
     SVR, spatio-temporal visual token refiner
-        SignificanceScorer    SSS: scores every token in its frame and across frames
+        SignificanceScorer    SSS: scores every token in its frame and across frames, for the question (that is ours)
         select_top_k          keeps the k best of all frames and places, in the video's order
         Remainder             averages what top-k leaves out, so that nothing is lost for good (ours)
         PoolingWindows        MTP: averages neighbours at several scales
@@ -116,6 +116,33 @@ class ScoringLayer(GradientCheckpointingLayer):
         return x + self.feed_forward(x)
 
 
+class QuestionReader(nn.Module):
+    """The question's words in the bottleneck, with a key in front that is there without a question, too."""
+
+    def __init__(self, config: LinVTConfig):
+        super().__init__()
+        self.config = config
+        self.project = nn.Linear(config.hidden_size, config.bottleneck_size)
+        self.norm = nn.LayerNorm(config.bottleneck_size)
+        self.embed_order = PlaceEmbedding(1, config.bottleneck_size)
+        self.no_text = nn.Parameter(torch.empty(config.bottleneck_size))
+
+    def forward(
+        self, batch: int, text_embeds: Tensor | None, text_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, L, D] and [B, L] -> [B, 1 + L, d] and [B, 1 + L]; without text only the `no_text` key."""
+        text = self.no_text.expand(batch, 1, -1)
+        if text_embeds is None or not self.config.text_conditioning:
+            return text, None
+        if text_mask is None:
+            text_mask = text_embeds.new_ones(text_embeds.shape[:2], dtype=torch.bool)
+        text_mask = text_mask.bool()
+        position = (text_mask.cumsum(dim=1) - 0.5) / 256  # counted over real words: padding on either side is harmless
+        words = self.norm(self.project(text_embeds))
+        words = words + self.embed_order(position[..., None], words.dtype)
+        return torch.cat([text, words], dim=1), F.pad(text_mask, (1, 0), value=True)
+
+
 class ScoreHead(nn.Linear):
     """Features to one logit. A class of its own because it starts nearly at zero; see `_init_weights`."""
 
@@ -129,12 +156,22 @@ class SignificanceScorer(nn.Module):
         self.embed_time = PlaceEmbedding(1, config.bottleneck_size)
         self.embed_place = PlaceEmbedding(2, config.bottleneck_size)
         self.layers = nn.ModuleList(ScoringLayer(config) for _ in range(config.num_scoring_layers))
+        self.text_norm = nn.LayerNorm(config.bottleneck_size) if config.text_in_scores else None
+        self.text_attention = Attention(config) if config.text_in_scores else None
         self.norm = nn.LayerNorm(config.bottleneck_size)
         self.score = ScoreHead(config.bottleneck_size, 1)
         self.novelty_gain = nn.Parameter(torch.empty(1))
 
-    def forward(self, visual_tokens: Tensor, frame_mask: Tensor | None, times: Tensor, grid: Tensor):
-        # [B, T, N, D], [B, T], [B, T], [N, 2] -> features [B, T, N, d], scores [B, T, N]
+    def forward(
+        self,
+        visual_tokens: Tensor,  # [B, T, N, D]
+        frame_mask: Tensor | None,  # [B, T]
+        times: Tensor,  # [B, T]
+        grid: Tensor,  # [N, 2]
+        text: Tensor,  # [B, 1 + L, d]
+        text_mask: Tensor | None,  # [B, 1 + L]
+    ) -> tuple[Tensor, Tensor]:
+        """Features [B, T, N, d] and scores [B, T, N]."""
         # Dividing by the root mean square makes the features independent of the base's scale, and dividing after the
         # projection spares a normalised copy of V.
         rms = torch.linalg.vector_norm(visual_tokens, dim=-1, keepdim=True, dtype=torch.float32)
@@ -145,6 +182,9 @@ class SignificanceScorer(nn.Module):
         x = x + self.embed_time(times[..., None], x.dtype)[:, :, None] + self.embed_place(grid, x.dtype)
         for layer in self.layers:
             x = layer(x, frame_mask)
+        if self.text_attention is not None:
+            asked = self.text_attention(self.text_norm(x).flatten(1, 2), text, text_mask)
+            x = x + asked.view_as(x)
         x = self.norm(x)
         return x, self.score(x).squeeze(-1).float() + self.novelty_gain.float() * news
 
@@ -319,37 +359,17 @@ class TextConditionedAggregator(nn.Module):
         self.centers = nn.Parameter(torch.empty(count, 3))
         self.log_widths = nn.Parameter(torch.empty(count, 3))
         self.embed_center = PlaceEmbedding(3, size)
-        self.project_text = nn.Linear(config.hidden_size, size)
-        self.text_norm = nn.LayerNorm(size)
-        self.embed_word_order = PlaceEmbedding(1, size)
-        self.no_text = nn.Parameter(torch.empty(size))  # always readable, so a video without a question has a key too
         self.layers = nn.ModuleList(AggregationLayer(config) for _ in range(config.num_aggregation_layers))
         self.token_order = config.token_order()
         self.query_norm, self.to_query = nn.LayerNorm(size), nn.Linear(size, size)
         self.to_key = nn.Linear(size, size, bias=False)
 
-    def read_text(
-        self, batch: int, text_embeds: Tensor | None, text_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """[B, L, D] and [B, L] -> [B, 1 + L, d] and [B, 1 + L]; without text only the `no_text` key."""
-        text = self.no_text.expand(batch, 1, -1)
-        if text_embeds is None or not self.config.text_conditioning:
-            return text, None
-        if text_mask is None:
-            text_mask = text_embeds.new_ones(text_embeds.shape[:2], dtype=torch.bool)
-        text_mask = text_mask.bool()
-        position = (text_mask.cumsum(dim=1) - 0.5) / 256  # counted over real words: padding on either side is harmless
-        words = self.text_norm(self.project_text(text_embeds))
-        words = words + self.embed_word_order(position[..., None], words.dtype)
-        return torch.cat([text, words], dim=1), F.pad(text_mask, (1, 0), value=True)
-
-    def forward(self, kept: Candidates, rest: Candidates | None, text_embeds, text_mask) -> Tensor:
-        # k tokens kept and R averages of the rest -> weights [B, M, k + R]
+    def forward(self, kept: Candidates, rest: Candidates | None, text: Tensor, text_mask: Tensor | None) -> Tensor:
+        # k tokens kept and R averages of the rest, text [B, 1 + L, d] -> weights [B, M, k + R]
         windows = [PoolingWindows(kept.mask, kernel) for kernel in self.config.pooling_scales]
         # The averages are as coarse as they should be: every scale sees them as they are.
         features = [_with(window.pool(kept.features), rest and rest.features) for window in windows]
         masks = [_with(window.mask, rest and rest.mask) for window in windows]
-        text, text_mask = self.read_text(len(kept.features), text_embeds, text_mask)
         queries = self.queries + self.embed_center(self.centers, self.queries.dtype)
         queries = queries.expand(len(kept.features), -1, -1)  # [B, M, d]
         sizes = self.config.queries_per_scale
@@ -415,10 +435,11 @@ class LinVTPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, SignificanceScorer):
             init.constant_(module.novelty_gain, self.config.novelty_gain)
+        elif isinstance(module, QuestionReader):
+            init.normal_(module.no_text, std=std)
         elif isinstance(module, TextConditionedAggregator):
             centers, widths = zip(*self.config.query_cells(), strict=True)
             init.normal_(module.queries, std=std)
-            init.normal_(module.no_text, std=std)
             init.copy_(module.centers, torch.tensor(centers))
             init.copy_(module.log_widths, torch.tensor(widths).log())
 
@@ -437,6 +458,7 @@ class LinearVideoTokenizer(LinVTPreTrainedModel):
         super().__init__(config)
         if config.hidden_size is None:
             raise ValueError("LinVTConfig has neither base_config nor hidden_size; give hidden_size, the LLM's width.")
+        self.question = QuestionReader(config)
         self.scorer = SignificanceScorer(config)
         self.aggregator = TextConditionedAggregator(config)
         self.post_init()
@@ -473,7 +495,8 @@ class LinearVideoTokenizer(LinVTPreTrainedModel):
         centers = ((torch.arange(side, device=device) + 0.5) / side for side in (rows, columns))
         grid_places = torch.cartesian_prod(*centers)  # [N, 2]
 
-        features, scores = self.scorer(visual_tokens, frame_mask, times, grid_places)
+        text, text_mask = self.question(batch, text_embeds, text_mask)  # [B, 1 + L, d]
+        features, scores = self.scorer(visual_tokens, frame_mask, times, grid_places, text, text_mask)
         index, mask = select_top_k(scores, frame_mask, self.config.num_selected_tokens)  # [B, k]
         log_significance = F.logsigmoid(scores)
         place = torch.cat([times.gather(1, index // places)[..., None], grid_places[index % places]], dim=-1)
@@ -489,7 +512,7 @@ class LinearVideoTokenizer(LinVTPreTrainedModel):
                 remainder.pool(features), remainder.mask, remainder.pool(everywhere), remainder.log_significance
             )
 
-        weights = self.aggregator(kept, rest, text_embeds, text_mask).to(visual_tokens.dtype)  # [B, M, k + R]
+        weights = self.aggregator(kept, rest, text, text_mask).to(visual_tokens.dtype)  # [B, M, k + R]
         selected, averaged = weights.split([index.shape[1], weights.shape[2] - index.shape[1]], dim=2)
         video_tokens = selected @ take(visual_tokens, index)
         if remainder is not None:

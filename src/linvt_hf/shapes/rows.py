@@ -111,8 +111,8 @@ def without_temporal_positions(tokenizer: LinearVideoTokenizer) -> None:
     """Every token lies at the video's middle; only the order of the kept tokens is left of time."""
 
     def scorer(module, inputs):
-        tokens, mask, times, grid = inputs
-        return tokens, mask, torch.full_like(times, 0.5), grid
+        tokens, mask, times, *others = inputs
+        return tokens, mask, torch.full_like(times, 0.5), *others
 
     def aggregator(module, inputs):
         return tuple(_at_one_time(part) if hasattr(part, "places") else part for part in inputs)
@@ -171,7 +171,7 @@ PARTS_OFF = (
 # How few tokens top-k may keep: as LinVT has it here, the recipe's TOKENS // 4 among them, and plain, as the paper
 # describes it.
 KEPT = (TOKENS, TOKENS // 2, TOKENS // 4, TOKENS // 8, TOKENS // 16)
-PLAIN = {"num_remainder_tokens": 0, "novelty_gain": 0.0}
+PLAIN = {"num_remainder_tokens": 0, "novelty_gain": 0.0, "text_in_scores": False}
 
 
 def _keeping(name: str, k: int, settings: dict | None = None) -> Row:
