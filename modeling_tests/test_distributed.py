@@ -88,7 +88,8 @@ def check(folder: Path, expected: Path) -> None:
     found, wanted = tensors(folder), tensors(expected)
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
-        torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-4)
+        # A tenth of AdamW's step, which divides by the gradient's size: where that is nearly zero, rounding counts.
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-3)
 
 
 def two(folder: Path, values: dict):

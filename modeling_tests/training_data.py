@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from tiny_bases import TINY_FRAMES, TINY_LINVT
 from tiny_models import base_folder
 from video_files import moving_square, write_video
@@ -19,6 +20,7 @@ HOME = Path(os.environ["HF_HOME"])
 def linvt_folder(name: str) -> Path:
     """A tiny wrapped base, saved whole."""
     folder = HOME / "tiny-linvt" / name
+    torch.manual_seed(0)  # the same weights whatever ran before
     model, processor = wrap(base_folder(name), num_frames=4, frame_kwargs=TINY_FRAMES.get(name), **TINY_LINVT)
     model.save_pretrained(folder, processor=processor)
     return folder
