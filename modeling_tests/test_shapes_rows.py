@@ -112,9 +112,11 @@ def test_tables_show_what_is_there(tmp_path):
         kinds = {kind: {"exact": right, "options": right} for kind in results.FRAMES}
         return {"row": "LinVT", "seed": seed, "untrained": kinds, "trained": kinds}
 
-    for seed, right in ((0, 0.9), (1, 0.8)):
-        results.Job(BY_NAME["LinVT"], seed, tmp_path).file.write_text(json.dumps(result(seed, right)))
-    found = results.read_results(tmp_path)
+    jobs = [results.Job(BY_NAME["LinVT"], seed, tmp_path) for seed in range(3)]
+    for job, right in zip(jobs, (0.9, 0.8, 0.1), strict=True):
+        recipe = job.recipe() if job.seed < 2 else "another"
+        job.file.write_text(json.dumps({**result(job.seed, right), "recipe": recipe}))
+    found = results.read_results(jobs)
     assert results.table(found).splitlines()[2:] == ["| LinVT | 32 |" + " 85.0 ± 7.1 |" * 4]
     assert "| LinVT, video |  |  | 85.0 ± 7.1 |  |  |" in results.curve(found)
     assert KEPT[0] == TOKENS

@@ -70,13 +70,16 @@ class LinVTConfig(PreTrainedConfig):
     mlp_ratio: int = 4  # ours
     num_selected_tokens: int = 1024  # authors' code
     num_remainder_tokens: int = 0  # paper: what is not selected is dropped
-    # Paper: scores are learned from nothing. Ours, tried on `shapes` alone (one seed, 600 steps): 68.6 % with 1/4 of
-    # the tokens kept and 68.0 % with all; events of 2 to 4 frames among 256 are found in 99.7 %.
+    # Paper: scores are learned from nothing. Ours, tried on `shapes` alone, one seed: without it an untrained LinVT
+    # answers 22.8 % of the questions instead of 33.0 %. Alone it does not make top-k free: after 1,000 steps 83.9 %
+    # with a quarter of the tokens kept, 87.2 % with all.
     novelty_gain: float | int = 12.0
     pooling_scales: list[int] | tuple[int, ...] = (1, 2, 4)  # paper
     queries_per_scale: list[int] | tuple[int, ...] = (32, 16, 16)  # ours; authors' code: 16 to 64 in all
     text_conditioning: bool = True  # paper
-    text_in_scores: bool = True  # ours: what is kept of a video depends on what is asked
+    # Ours: what is kept of a video depends on what is asked. On `shapes` alone, one seed, in brackets without it:
+    # after 500 steps 78.2 % (75.6 %), after 1,000 steps 83.3 % (83.9 %) at a loss of 0.195 (0.216).
+    text_in_scores: bool = True
     frames_per_chunk: int = 32  # ours
     initializer_range: float | int = 0.02  # ours
 

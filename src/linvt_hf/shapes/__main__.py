@@ -30,7 +30,7 @@ def main() -> None:
     image_llm.add_argument("folder", type=Path)
     image_llm.add_argument("--seed", type=int, default=0)
     image_llm.add_argument("--vision-steps", type=int, default=2000)
-    image_llm.add_argument("--steps", type=int, default=3000)
+    image_llm.add_argument("--steps", type=int, default=3500)
     image_llm.set_defaults(run=_image_llm)
     results = commands.add_parser("results", help="compare LinVT with simpler ways: train and measure every row")
     results.add_argument("folder", type=Path, help="gets a file a result; what is there is not run again")
@@ -71,8 +71,9 @@ def _results(args) -> None:
         raise SystemExit(f"There is no row '{unknown[0]}'; rows are {', '.join(rows)}.")
     chosen = [rows[name] for name in args.rows or rows]
     overrides = tuple(args.overrides)
-    run_all([Job(row, seed, args.folder, overrides) for seed in range(args.seeds) for row in chosen], args.workers)
-    found = read_results(args.folder)
+    jobs = [Job(row, seed, args.folder, overrides) for seed in range(args.seeds) for row in ROWS]
+    run_all([job for job in jobs if job.row in chosen], args.workers)
+    found = read_results(jobs)
     print(*tables(found).values(), sep="\n\n")
     for file in args.write:
         write_tables(found, file)

@@ -50,19 +50,19 @@ class Job:
 
     def settings(self) -> list[TrainingSettings]:
         """Of both stages."""
-        return [
-            dataclasses.replace(
-                settings,
-                seed=self.seed,
-                output=str(self.out / "runs" / self.name / stage),
-                eval_data=[],
-                save_every=10**6,
-                linvt={**settings.linvt, **self.row.settings},
-                freeze_linvt=self.row.frozen and stage == "stage2",
-            )
-            for stage in ("stage1", "stage2")
-            for settings in [read_settings(f"shapes/{stage}", self.overrides)]
-        ]
+        return [self._settings("stage1"), self._settings("stage2")]
+
+    def _settings(self, stage: str) -> TrainingSettings:
+        settings = read_settings(f"shapes/{stage}", self.overrides)
+        return dataclasses.replace(
+            settings,
+            seed=self.seed,
+            output=str(self.out / "runs" / self.name / stage),
+            eval_data=[],
+            save_every=10**6,
+            linvt={**settings.linvt, **self.row.settings},
+            freeze_linvt=self.row.frozen and stage == "stage2",
+        )
 
     def is_done(self) -> bool:
         """Whether its result is there, from the recipes as they are now."""
@@ -149,12 +149,12 @@ def _report(tests: dict[str, Test], model) -> dict:
 # ---- tables ----
 
 
-def read_results(out: Path) -> dict[str, list[dict]]:
-    """What is there, by row."""
+def read_results(jobs: list[Job]) -> dict[str, list[dict]]:
+    """What is there of them, by row; nothing from other recipes."""
     found: dict[str, list[dict]] = {row.name: [] for row in ROWS}
-    for file in sorted(out.glob("*.json")):
-        result = json.loads(file.read_text())
-        found[result["row"]].append(result)
+    for job in jobs:
+        if job.is_done():
+            found[job.row.name].append(json.loads(job.file.read_text()))
     return found
 
 
