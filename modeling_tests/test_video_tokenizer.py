@@ -9,16 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from linvt_hf import video_tokenizer
 from linvt_hf.configuration_linvt import LinVTConfig
-from linvt_hf.video_tokenizer import (
-    Candidates,
-    LinearVideoTokenizer,
-    PlaceEmbedding,
-    PoolingWindows,
-    Remainder,
-    normalise_times,
-    novelty,
-    select_top_k,
-)
+from linvt_hf.token_refiner import Candidates, PoolingWindows, Remainder, novelty, select_top_k
+from linvt_hf.tokenizer_parts import PlaceEmbedding
+from linvt_hf.video_tokenizer import LinearVideoTokenizer, normalise_times
 
 WIDTH = 64  # D, more than the T * N of most videos here: then the weights can be read back from the output
 TOY = {
