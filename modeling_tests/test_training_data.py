@@ -22,6 +22,7 @@ from linvt_hf.training.dataset import ChatDataset, read_skipped
 from linvt_hf.training.feature_cache import FeatureCache, check_frozen
 from linvt_hf.training.labels import IGNORED, encode_conversation
 from linvt_hf.training.media import read_clip
+from linvt_hf.training.sampler import StepSampler
 from linvt_hf.training.sources import Conversation, DataSource, read_records, read_source
 
 BASES = [*NAMED, *UNNAMED, "qwen3_vl"]
@@ -524,6 +525,37 @@ def test_a_folder_of_frames(media):
     messages = with_media(turns("What?"), {"type": "video", "video": moving_square(10, seed=3)})
     expected = inference_prompt(processor, messages, num_frames=10)
     assert torch.equal(data[0]["pixel_values_videos"], expected["pixel_values_videos"])
+
+
+def test_steps_are_drawn_at_random_and_sorted_by_length(media, tmp_path):
+    _, processor = wrapped("internvl_qwen2")
+    words = [llava("Say", "la " * (i % 7 + 1)) for i in range(50)]
+    long = llava("What?", "A.", "And then?", "A long answer about all that follows.", video="a.mkv")
+    sources = [
+        DataSource(str(write(tmp_path, "words.jsonl", *words)), weight=0.5),
+        DataSource(str(write(tmp_path, "video.jsonl", long)), media=str(media)),
+    ]
+    data = ChatDataset(sources, processor)
+    assert sorted(data.lengths[-2:]) == [7, 53]  # each turn is a sample, with what came before it
+    for epoch in (0, 1):  # other words in each
+        data.set_epoch(epoch)
+        tokens = [data[i]["input_ids"].shape[1] for i in range(25)]
+        assert np.corrcoef(data.lengths[:25], tokens)[0, 1] > 0.99
+
+    def steps(seed, epoch, size=8):
+        order = list(StepSampler(data, size, seed, lambda: epoch))
+        assert sorted(order) == [*range(27)]
+        return [order[start : start + size] for start in range(0, 27, size)]
+
+    drawn = steps(0, 0)
+    for step in drawn:
+        lengths = data.lengths[step].tolist()
+        assert lengths == sorted(lengths, reverse=True)
+    sets = [{*step} for step in drawn]
+    plain = steps(0, 0, size=1)  # nothing to sort
+    assert sets == [{index for (index,) in plain[start : start + 8]} for start in range(0, 27, 8)]
+    assert steps(0, 0) == drawn
+    assert sets not in ([{*step} for step in steps(0, 1)], [{*step} for step in steps(1, 0)])
 
 
 def test_weights(media, tmp_path):

@@ -30,7 +30,7 @@ def main() -> None:
     image_llm.add_argument("folder", type=Path)
     image_llm.add_argument("--seed", type=int, default=0)
     image_llm.add_argument("--vision-steps", type=int, default=2000)
-    image_llm.add_argument("--steps", type=int, default=3500)
+    image_llm.add_argument("--steps", type=int, default=4000)
     image_llm.set_defaults(run=_image_llm)
     results = commands.add_parser("results", help="compare LinVT with simpler ways: train and measure every row")
     results.add_argument("folder", type=Path, help="gets a file a result; what is there is not run again")

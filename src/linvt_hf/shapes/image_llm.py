@@ -281,7 +281,7 @@ class ContentsHead(nn.Linear):
 
 def pretrain(
     vision_steps: int = 2000,
-    steps: int = 3500,
+    steps: int = 4000,
     batch: int = 32,
     rate: float = 2e-3,
     seed: int = 0,
@@ -312,7 +312,7 @@ def pretrain(
     def answer() -> Tensor:
         told = batch // 4
         # To find a thing in one picture comes first: with half of them albums from the start, 2,000 steps did not do.
-        albums = 0.0 if next(progress) < 0.4 * steps else 0.6
+        albums = 0.0 if next(progress) < 0.4 * steps else 0.5
         samples = [
             pictures_sample(scene, random, tokenizer, albums) for scene in itertools.islice(scenes, batch - told)
         ]

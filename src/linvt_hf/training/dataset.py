@@ -90,11 +90,12 @@ class ChatDataset(Dataset):
             places = []
             for index, conversation in enumerate(conversations):
                 _check_texts(conversation, marks)
-                places += [(number, index, end) for end in self._ends(conversation)]
+                sizes = np.cumsum([_size(turn) for turn in conversation.messages])
+                places += [(number, index, end, sizes[end - 1]) for end in self._ends(conversation)]
             rows.append(np.array(places, dtype=np.int32))
             self._groups.append((start, start + len(places), weight))
             start += len(places)
-        self._samples = np.concatenate(rows)  # [samples, 3]: source, conversation, turns
+        self._samples = np.concatenate(rows)  # [samples, 4]: source, conversation, turns, size
 
     def _ends(self, conversation: Conversation) -> list[int]:
         """After how many turns each sample of a conversation ends."""
@@ -123,6 +124,11 @@ class ChatDataset(Dataset):
     def __len__(self) -> int:
         return len(self._order)
 
+    @property
+    def lengths(self) -> np.ndarray:  # int32 [len(self)]
+        """About how long each sample is, in characters, without opening anything."""
+        return self._samples[self._order, 3]
+
     def __getitem__(self, index: int) -> BatchFeature:
         for place in self._instead(range(len(self))[index]):
             sample = int(self._order[place])
@@ -147,7 +153,7 @@ class ChatDataset(Dataset):
 
     def _conversation(self, sample: int) -> tuple[Conversation, int]:
         """The conversation of a sample, and after how many of its turns the sample ends."""
-        source, index, end = self._samples[sample].tolist()
+        source, index, end, _ = self._samples[sample].tolist()
         return self._conversations[source][index], end
 
     def videos(self) -> Iterator[VideoInput]:
@@ -220,6 +226,12 @@ class ChatDataset(Dataset):
                 os.write(file, (json.dumps(entry) + "\n").encode())
             finally:
                 os.close(file)
+
+
+def _size(turn: dict) -> int:
+    """Of a turn, in characters. All videos become equally many tokens; those of an image are a rough guess."""
+    worth = {"video": 0, "image": 2000}
+    return sum(len(block["text"]) if block["type"] == "text" else worth[block["type"]] for block in turn["content"])
 
 
 def _check_texts(conversation: Conversation, marks: set[str]) -> None:

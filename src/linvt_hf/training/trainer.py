@@ -6,6 +6,7 @@
 - Autocast around float32 LinVT and LoRA on a frozen base in half precision.
 - The evaluation loss is the mean over all answers' tokens, however they fall into batches and processes.
 - Every epoch is told to the data, also where accelerate does not.
+- The batches of a step hold samples of like length (see `StepSampler`).
 - Under FSDP2 only the language model's blocks are sharded apart (see `_blocks_apart`).
 """
 
@@ -25,6 +26,7 @@ from .adapter_files import load_weights, save_adapter, trained_tensors
 from .adapters import language_model_blocks, part_of
 from .card import training_text
 from .labels import IGNORED
+from .sampler import StepSampler
 from .settings import TrainingSettings
 
 # LinVT's parameters that are no maps: decay would pull every query to the video's start, and forget what is new.
@@ -59,6 +61,11 @@ class LinVTTrainer(Trainer):
             fused = self.args.device.type == "cuda"
             self.optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, fused=fused or None)
         return self.optimizer
+
+    def _get_train_sampler(self, train_dataset=None) -> StepSampler:
+        data, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return StepSampler(data, step, args.seed, epoch=lambda: int(self.state.epoch or 0))
 
     def compute_loss_context_manager(self):
         # Ours rather than accelerate's, which casts every logit to float32 and, under FSDP2, LinVT to bfloat16.
