@@ -145,7 +145,7 @@ def test_what_is_uploaded(how, tmp_path, monkeypatch):
             assert "LinVT on" in (Path(folder_path) / "README.md").read_text()
 
     model, processor = wrapped("mipha")
-    monkeypatch.setattr(sys.modules[type(model).__module__], "HfApi", Api)
+    monkeypatch.setattr(sys.modules[type(model).push_to_hub.__module__], "HfApi", Api)
     settings = {"processor": processor, "private": True, "token": "secret", "commit_message": "first"}
     if how == "push_to_hub":
         model.push_to_hub("me/model", **settings)

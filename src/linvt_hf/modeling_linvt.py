@@ -1,27 +1,22 @@
 """LinVTForConditionalGeneration: an image-LLM that reads videos as a few linear combinations of its own tokens."""
 
 import inspect
-import shutil
-import tempfile
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_linvt import LinVTConfig
-from .image_llm import build_image_llm, check_loaded, features_per_frame, image_llm_of
-from .model_card import model_card
+from .hub_folder import HubFolderMixin
+from .image_llm import build_image_llm, features_per_frame, image_llm_of
 from .video_tokenizer import LinearVideoTokenizer, LinVTPreTrainedModel
 
 if TYPE_CHECKING:
@@ -31,22 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-_MODEL = "modeling_linvt.LinVTForConditionalGeneration"
-AUTO_MAP = {
-    "AutoConfig": "configuration_linvt.LinVTConfig",
-    "AutoModel": _MODEL,
-    "AutoModelForImageTextToText": _MODEL,
-    "AutoModelForMultimodalLM": _MODEL,
-    "AutoModelForCausalLM": _MODEL,
-    "AutoProcessor": "processing_linvt.LinVTProcessor",
-}
-CUSTOM_PIPELINES = {
-    "video-question-answering": {
-        "impl": "pipeline_linvt.VideoQuestionAnsweringPipeline",
-        "pt": ["AutoModelForImageTextToText"],
-    }
-}
-_UPLOAD_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description")
 FRAMES_INPUTS = ("pixel_values_videos", "frame_features")  # a video's frames, in one form or the other
 VIDEO_INPUTS = (*FRAMES_INPUTS, "num_frames", "frame_times", "question_ids", "question_mask")
 FRAME_PREFIX = "frames_"  # what the base's image processor gave beside the pixels of the frames
@@ -65,7 +44,7 @@ class VideoFeatures(ModelOutput):
     scores: list[Tensor] | None = None
 
 
-class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
+class LinVTForConditionalGeneration(HubFolderMixin, LinVTPreTrainedModel, GenerationMixin):
     """
     An image-LLM wrapped with LinVT: texts, images and videos in any mix, text out.
 
@@ -426,73 +405,6 @@ class LinVTForConditionalGeneration(LinVTPreTrainedModel, GenerationMixin):
     def _validate_model_kwargs(self, model_kwargs):
         known = inspect.signature(self.base.forward).parameters
         super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in known})
-
-    # ---- folders ----
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """
-        `PreTrainedModel.from_pretrained`, except that a checkpoint which does not fit is an error.
-
-        Raises `ValueError` with the names of missing or unexpected tensors: a model that runs on weights nobody
-        trained must not look like one that was loaded.
-        """
-        if (Path(pretrained_model_name_or_path or "") / "linvt_adapter.json").is_file():
-            raise ValueError(
-                f"{pretrained_model_name_or_path} holds adapters without their base; load it with "
-                "linvt_hf.training.load_adapter, or make a whole model of it with `linvt merge`."
-            )
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        check_loaded(info, pretrained_model_name_or_path)
-        return (model, info) if output_loading_info else model
-
-    def save_pretrained(self, save_directory, processor=None, **kwargs):
-        """
-        Saves a complete Hub folder: weights, config, all code a process without this package needs, a model card, and
-        the processor if it is given.
-        """
-        if getattr(self.base, "_hf_peft_config_loaded", False):
-            raise ValueError(
-                "The model has a LoRA on it, which a whole model's folder cannot hold: fold it in first with "
-                "linvt_hf.training.merge(model), or save it alone with linvt_hf.training.save_adapter(model, folder)."
-            )
-        # The config's maps may name the repo a model came from; the new folder brings its own code.
-        self.config.auto_map = dict(AUTO_MAP)
-        self.config.custom_pipelines = deepcopy(CUSTOM_PIPELINES)
-        push = kwargs.pop("push_to_hub", False)
-        upload = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs}
-        super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
-            self._complete_folder(Path(save_directory), processor)
-            if push:  # only now is the folder whole
-                upload.setdefault("repo_id", Path(save_directory).name)
-                return _upload(save_directory, token=kwargs.get("token"), **upload)
-
-    def push_to_hub(self, repo_id: str, processor=None, token=None, **kwargs):
-        """
-        Uploads a complete folder, with the processor if it is given. Of kwargs, `private`, `revision`,
-        `commit_message` and their like go to the Hub, the rest to `save_pretrained`.
-        """
-        upload = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs}
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, processor=processor, **kwargs)
-            return _upload(folder, repo_id=repo_id, token=token, **upload)
-
-    def _complete_folder(self, folder: Path, processor) -> None:
-        for source in (Path(__file__), *map(Path, get_relative_import_files(__file__))):
-            if source.resolve() != (folder / source.name).resolve():
-                shutil.copy(source, folder)
-        if processor is not None:
-            processor.save_pretrained(folder)
-        card = folder / "README.md"
-        if not card.exists():
-            card.write_text(model_card(self.config), encoding="utf-8")
-
-
-def _upload(folder, repo_id: str, token=None, private: bool | None = None, **kwargs):
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
 
 def _split_features(features: Tensor, counts: list[int], num_tokens: Tensor | None) -> list[Tensor]:
