@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test shapes shapes-results quality style conformance clean
+.PHONY: help install demo test shapes shapes-results ship quality style conformance clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ shapes: install  ## train a small model from nothing on generated videos, into b
 
 shapes-results: install  ## after it: train and compare LinVT and simpler ways from three seeds, for hours; print the tables
 	$(RUN) -m linvt_hf.shapes results build/shapes/results
+
+ship: install  ## examples/linvt-shapes with the code as it is now; MODEL=build/shapes/model puts that model there
+	$(RUN) -m linvt_hf.shapes ship examples/linvt-shapes $(if $(MODEL),--model $(MODEL))
 
 conformance: install  ## the test suite that transformers ships in its source distribution, against our classes
 	$(RUN) modeling_tests/conformance/run.py

@@ -30,11 +30,7 @@ _UPLOAD_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_mess
 
 
 class HubFolderMixin:
-    """
-    `from_pretrained`, `save_pretrained` and `push_to_hub` of complete folders; stands before `PreTrainedModel`.
-
-    What travels is the model's file and all files it imports.
-    """
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` of complete folders; stands before `PreTrainedModel`."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
@@ -86,15 +82,20 @@ class HubFolderMixin:
             return _upload(folder, repo_id=repo_id, token=token, **upload)
 
     def _complete_folder(self, folder: Path, processor) -> None:
-        main = Path(__file__).with_name(f"{_MODEL.partition('.')[0]}.py")
-        for source in map(Path, (main, *get_relative_import_files(main))):
-            if source.resolve() != (folder / source.name).resolve():
-                shutil.copy(source, folder)
+        copy_code(folder)
         if processor is not None:
             processor.save_pretrained(folder)
         card = folder / "README.md"
         if not card.exists():
             card.write_text(model_card(self.config), encoding="utf-8")
+
+
+def copy_code(folder: Path) -> None:
+    """Writes into a folder what a process without this package needs: the model's file and all it imports."""
+    main = Path(__file__).with_name(f"{_MODEL.partition('.')[0]}.py")
+    for source in map(Path, (main, *get_relative_import_files(main))):
+        if source.resolve() != (folder / source.name).resolve():
+            shutil.copy(source, folder)
 
 
 def _upload(folder, repo_id: str, token=None, private: bool | None = None, **kwargs):
@@ -103,4 +104,4 @@ def _upload(folder, repo_id: str, token=None, private: bool | None = None, **kwa
     return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
 
-__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "HubFolderMixin"]
+__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "HubFolderMixin", "copy_code"]

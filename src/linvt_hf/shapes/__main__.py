@@ -1,4 +1,4 @@
-"""`python -m linvt_hf.shapes data FOLDER`, `image-llm FOLDER` and `results FOLDER`: see `make shapes` and after it."""
+"""`python -m linvt_hf.shapes data`, `image-llm`, `results` and `ship`: see `make shapes` and after it."""
 
 import argparse
 import os
@@ -42,6 +42,10 @@ def main() -> None:
     )
     results.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of both stages' recipes")
     results.set_defaults(run=_results)
+    ship = commands.add_parser("ship", help="a folder to ship: the code as it is now, a video, a model")
+    ship.add_argument("folder", type=Path)
+    ship.add_argument("--model", type=Path, help="the model to put there; by default the one that is there stays")
+    ship.set_defaults(run=_ship)
     args = parser.parse_args()
     args.run(args)
 
@@ -77,6 +81,23 @@ def _results(args) -> None:
     print(*tables(found).values(), sep="\n\n")
     for file in args.write:
         write_tables(found, file)
+
+
+def _ship(args) -> None:
+    from ..hub_folder import copy_code
+    from ..modeling_linvt import LinVTForConditionalGeneration
+    from ..processing_linvt import LinVTProcessor
+    from .videos import write_mp4
+    from .world import draw_video, make_scene
+
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.model is None:
+        copy_code(args.folder)
+    else:
+        model = LinVTForConditionalGeneration.from_pretrained(args.model)
+        model.save_pretrained(args.folder, processor=LinVTProcessor.from_pretrained(args.model))
+    # Its cross moves, its star changes colour, and a circle flashes up.
+    write_mp4(draw_video(make_scene("video", "test", 28), 256), args.folder / "example.mp4")
 
 
 if __name__ == "__main__":
