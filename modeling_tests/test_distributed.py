@@ -1,5 +1,6 @@
 """Two processes on CPUs give what one gives, whatever each one's part of a batch holds."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from training_data import data_file, recipe
 import linvt_hf.training
 from linvt_hf.training import LoraSettings, train
 from linvt_hf.training.sources import DataSource
+from linvt_hf.training.trainer import LinVTTrainer
 
 CONFIGS = Path(linvt_hf.training.__file__).parent / "accelerate"
 SCRIPT = Path(__file__).parent / "distributed_run.py"
@@ -51,7 +53,7 @@ def launch(kind: str, *parts) -> str:
             kind,
             *arguments,
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "FSDP_CONFIG": str(CONFIGS / "fsdp2.yaml")},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_CONFIG": str(CONFIGS / f"{kind}.yaml")},
         capture_output=True,
         text=True,
         check=False,
@@ -121,9 +123,27 @@ def test_fsdp2(alone, tmp_path):
     assert loss == pytest.approx(history(alone["stage2"], "loss")[0], rel=0.02)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed, which builds with g++")
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_deepspeed(kind, tmp_path, monkeypatch):
+    """A video in every batch: it cannot do without."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    values = {**STAGE2, "data": DataSource(str(data_file(videos=16)), weight=0.5), "bf16": False}
+    train(recipe("internvl_qwen2", tmp_path / "alone", batch_size=4, **values))
+    launch(kind, two(tmp_path / "two", values))
+    check(tmp_path / "two", tmp_path / "alone")
+
+
+def test_deepspeed_takes_no_batch_without_a_video(tmp_path, monkeypatch):
+    monkeypatch.setattr(LinVTTrainer, "is_deepspeed_enabled", True, raising=False)
+    trainer = object.__new__(LinVTTrainer)
+    with pytest.raises(ValueError, match="holds no video with a question, and DeepSpeed needs one"):
+        trainer.training_step(None, {"input_ids": torch.zeros(1, 3)})
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_configurations(path):
-    """accelerate reads them, and finds in them what their names say. (DeepSpeed itself is not run here.)"""
+    """accelerate reads them, and finds in them what their names say."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(path))

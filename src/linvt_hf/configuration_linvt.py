@@ -69,7 +69,8 @@ class LinVTConfig(PreTrainedConfig):
     num_aggregation_layers: int = 2  # ours; paper: "L"; authors' code: 8
     mlp_ratio: int = 4  # ours
     num_selected_tokens: int = 1024  # authors' code
-    num_remainder_tokens: int = 0  # paper: what is not selected is dropped
+    # Paper: what is not selected is dropped. Ours; on `shapes`, one seed, 1,000 steps: 86.1 %, and 83.3 % without.
+    num_remainder_tokens: int = 8
     # Paper: scores are learned from nothing. Ours, tried on `shapes` alone, one seed: without it an untrained LinVT
     # answers 22.8 % of the questions instead of 33.0 %. Alone it does not make top-k free: after 1,000 steps 83.9 %
     # with a quarter of the tokens kept, 87.2 % with all.

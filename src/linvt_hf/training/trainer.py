@@ -79,6 +79,13 @@ class LinVTTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.is_deepspeed_enabled and inputs.get("question_ids") is None:
+            # It adds gradients up in the order they come. Where one process has none for LinVT, or has them earlier,
+            # those of different parameters would be added up, and nobody would notice.
+            raise ValueError(
+                "A batch holds no video with a question, and DeepSpeed needs one in every batch of every process; "
+                "leave texts and images out of the data, or use ddp.yaml or fsdp2.yaml, which take any batch."
+            )
         self.samples += len(inputs["input_ids"])
         self.tokens = self.tokens + inputs["attention_mask"].sum()  # a tensor: nobody waits for the GPU
         return super().training_step(model, inputs, num_items_in_batch)

@@ -1,0 +1,54 @@
+"""`examples/linvt-shapes`, the small model that comes with the repository, and the demo that asks it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoProcessor
+
+from linvt_hf import hub_folder
+from linvt_hf.shapes.evaluate import Score, Test
+from linvt_hf.shapes.videos import write_split
+from linvt_hf.shapes.world import make_scene
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "examples" / "linvt-shapes"
+
+
+def test_it_brings_the_code_as_it_is_now(tmp_path):
+    hub_folder.copy_code(tmp_path)
+    now, there = ({file.name: file.read_text() for file in folder.glob("*.py")} for folder in (tmp_path, FOLDER))
+    assert there == now, "the model's code has changed: run `make ship`"
+
+
+def test_it_is_small_and_complete():
+    sizes = {file.name: file.stat().st_size for file in FOLDER.iterdir() if file.is_file()}
+    assert sum(sizes.values()) <= 10e6
+    assert {"model.safetensors", "config.json", "chat_template.jinja", "README.md", "example.mp4"} <= set(sizes)
+    assert not [name for name in sizes if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
+        assert "/" not in json.dumps(json.loads((FOLDER / name).read_text()).get("_name_or_path", "")), name
+
+
+def test_the_demo_is_answered_rightly():
+    run = subprocess.run([sys.executable, ROOT / "examples" / "demo.py"], capture_output=True, text=True, check=True)
+    lines = [line.split(":", 1)[1].strip() for line in run.stdout.splitlines() if line.startswith("answer:")]
+    things = {thing.shape: thing for thing in make_scene("video", "test", 28).things}
+    (brief,) = (thing for thing in things.values() if thing.is_brief)
+    assert lines == [things["cross"].direction, things["star"].later, brief.shape] == ["down", "red", "circle"]
+    first = [line for line in run.stdout.splitlines() if "%" in line]
+    assert [line.split()[1] for line in first if float(line.split()[0].rstrip("%")) > 50] == lines
+
+
+@pytest.mark.parametrize(("kind", "frames", "least"), [("video", 16, 0.8), ("long", 256, 0.7), ("image", None, 0.85)])
+def test_it_answers_what_no_training_saw(kind, frames, least, tmp_path):
+    """A few new scenes; the README's table has the numbers over whole test splits."""
+    model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
+    write_split(tmp_path, kind, "test", {"video": 20, "long": 6, "image": 20}[kind])
+    test = Test(tmp_path / f"{kind}-test.jsonl", processor, num_frames=frames)
+    with torch.inference_mode():
+        assert Score.mean(test.score(model).exact) >= least
