@@ -51,7 +51,7 @@ def test_presets(path):
 
 def test_recipes_of_the_small_model():
     one, two = read_settings("shapes/stage1"), read_settings("shapes/stage2")
-    assert two.model == one.output and one.lora is None and two.lora == LoraSettings(16, 32, 0.05, None)
+    assert two.model == one.output and one.lora is None and two.lora == LoraSettings(16, 32, 0.0, None)
     assert LinVTConfig(hidden_size=8, **one.linvt).num_video_tokens == 32
 
 

@@ -312,7 +312,7 @@ def pretrain(
     def answer() -> Tensor:
         told = batch // 4
         # To find a thing in one picture comes first: with half of them albums from the start, 2,000 steps did not do.
-        albums = 0.0 if next(progress) < 0.4 * steps else 0.5
+        albums = 0.0 if next(progress) < 0.4 * steps else 0.6
         samples = [
             pictures_sample(scene, random, tokenizer, albums) for scene in itertools.islice(scenes, batch - told)
         ]
