@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from linvt_hf import hub_folder
-from linvt_hf.shapes.evaluate import Score, Test
+from linvt_hf.shapes.evaluate import QuestionSet, Score
 from linvt_hf.shapes.videos import write_split
 from linvt_hf.shapes.world import make_scene
 
@@ -49,6 +49,6 @@ def test_it_answers_what_no_training_saw(kind, frames, least, tmp_path):
     model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
     write_split(tmp_path, kind, "test", {"video": 20, "long": 6, "image": 20}[kind])
-    test = Test(tmp_path / f"{kind}-test.jsonl", processor, num_frames=frames)
+    questions = QuestionSet(tmp_path / f"{kind}-test.jsonl", processor, num_frames=frames)
     with torch.inference_mode():
-        assert Score.mean(test.score(model).exact) >= least
+        assert Score.mean(questions.score(model).exact) >= least

@@ -35,7 +35,7 @@ class Score:
         return {kind: sum(right) / len(right) for kind, right in sorted(self.exact.items())}
 
 
-class Test:
+class QuestionSet:
     """
     The questions of a file that `write_split` wrote.
 

@@ -24,7 +24,7 @@ from ..training.dataset import ChatDataset
 from ..training.feature_cache import FeatureCache
 from ..training.recipe import train
 from ..training.settings import TrainingSettings, read_settings
-from .evaluate import Score, Test
+from .evaluate import QuestionSet, Score
 from .rows import CURVES, KEPT, ROWS, TABLE, Row
 from .world import LONG, SHORT
 
@@ -117,7 +117,7 @@ def run(job: Job) -> dict:
     features = _features(stages[0].feature_cache)
     folder = Path(stages[0].data[0].path).parent
     tests = {
-        kind: Test(folder / f"{kind}-test.jsonl", processor, features, model, num_frames=frames)
+        kind: QuestionSet(folder / f"{kind}-test.jsonl", processor, features, model, num_frames=frames)
         for kind, frames in FRAMES.items()
     }
     result = {"row": row.name, "seed": job.seed, "recipe": job.recipe(), "untrained": _report(tests, model)}
@@ -133,7 +133,7 @@ def run(job: Job) -> dict:
     return result
 
 
-def _report(tests: dict[str, Test], model) -> dict:
+def _report(tests: dict[str, QuestionSet], model) -> dict:
     report = {}
     for name, test in tests.items():
         score = test.score(model)

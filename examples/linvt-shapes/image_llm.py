@@ -1,0 +1,195 @@
+"""
+What LinVT needs of an image-LLM, and what differs between them.
+
+`ImageLLM` works on any image-text-to-text model of transformers through three doors: `get_image_features` (frames to
+visual tokens), `get_input_embeddings` (words), and `forward(inputs_embeds=...)` (the language model). A base that
+differs has a subclass here that says only the difference; `BASES` finds it by model type. A base that transformers
+lacks has its own modeling file, listed in `OWN_MODELS`.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+from .configuration_linvt import square_grid
+from .modeling_mipha import MiphaForConditionalGeneration
+
+OWN_MODELS = {"mipha": MiphaForConditionalGeneration}
+
+
+class ImageLLM:
+    """
+    Any image-LLM whose `get_image_features` gives each frame the same number of tokens.
+
+    Class attributes are read once, when a base is wrapped, and saved with the processor.
+    """
+
+    # Arguments of the base's image processor that make one still frame one picture, without tiles.
+    frame_kwargs: dict = {}
+    # What stands around a video in the prompt.
+    video_prompt = "{video}\n"
+    # Tokens of the base's vocabulary that its prompts never use, for bases whose embedding table has no free row.
+    spare_tokens: tuple[str, ...] = ()
+    # The token type of an answer, for bases whose attention depends on token types.
+    answer_token_type: int = 0
+    # What its module between vision encoder and language model may be called, for training it.
+    projectors: tuple[str, ...] = ("multi_modal_projector", "merger", "connector", "resampler")
+    # What of the base's own way with images a video has to do without, as a sentence for a warning.
+    lost: str | None = None
+
+    def rows_per_frame(self, frame_inputs: dict[str, Tensor], num_frames: int) -> list[int]:
+        """Rows of `pixel_values` that each frame takes; one, unless the base flattens its patches."""
+        return [1] * num_frames
+
+    def grid(self, num_tokens: int, frame_inputs: dict[str, Tensor], frame: int) -> tuple[int, int]:
+        """Rows and columns of a frame's tokens: by its size in pixels, where the base keeps that, else a square."""
+        if "image_sizes" not in frame_inputs:
+            return square_grid(num_tokens)
+        height, width = frame_inputs["image_sizes"][frame].tolist()
+        rows = round(math.sqrt(num_tokens * height / width))
+        return (rows, num_tokens // rows) if rows and num_tokens % rows == 0 else square_grid(num_tokens)
+
+    def features(self, base: PreTrainedModel, pixel_values: Tensor, **frame_inputs: Tensor):
+        """The visual tokens of some frames: a tensor [T, N, D] or a sequence of T tensors [N, D]."""
+        return base.get_image_features(pixel_values=pixel_values, **frame_inputs, return_dict=True).pooler_output
+
+    def encode_frames(
+        self, base: PreTrainedModel, pixel_values: Tensor, frame_inputs: dict[str, Tensor], num_frames: int, chunk: int
+    ) -> list[Tensor]:
+        """
+        All frames of a batch through the vision encoder and projector, `chunk` at a time.
+
+        Args:
+            pixel_values: the frames as the base's image processor gave them, on any device.
+            frame_inputs: what that processor gave beside them, one entry a frame, under the base's own names.
+        Returns one tensor [N, D] a frame.
+        """
+        tokens: list[Tensor] = []
+        for pixels, inputs in self._chunks(pixel_values, frame_inputs, num_frames, chunk):
+            pixels = pixels.to(base.device, base.dtype, non_blocking=True)
+            inputs = {name: value.to(base.device) for name, value in inputs.items()}
+            tokens.extend(self.features(base, pixels, **inputs))
+        return tokens
+
+    def _chunks(self, pixel_values, frame_inputs, num_frames, chunk) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        rows = self.rows_per_frame(frame_inputs, num_frames)
+        if sum(rows) != len(pixel_values):
+            raise ValueError(
+                f"pixel_values_videos has {len(pixel_values)} rows, but num_frames asks for {sum(rows)}; pass both as "
+                "the processor gave them."
+            )
+        pixels = pixel_values.split([sum(rows[start : start + chunk]) for start in range(0, num_frames, chunk)])
+        for index, part in enumerate(pixels):
+            frames = slice(index * chunk, (index + 1) * chunk)
+            yield part, {name: value[frames] for name, value in frame_inputs.items()}
+
+
+class Qwen2VL(ImageLLM):
+    # Qwen2-VL's own bounds for a frame of a video; its bounds for an image would allow 16384 tokens.
+    frame_kwargs = {"size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}}
+    video_prompt = "<|vision_start|>{video}<|vision_end|>"
+    merge = 2
+
+    def rows_per_frame(self, frame_inputs, num_frames):
+        return frame_inputs["image_grid_thw"].prod(dim=-1).tolist()
+
+    def grid(self, num_tokens, frame_inputs, frame):
+        rows, columns = (frame_inputs["image_grid_thw"][frame, 1:] // self.merge).tolist()
+        return rows, columns
+
+
+class Qwen3VL(Qwen2VL):
+    lost = (
+        "Qwen3-VL adds features of intermediate vision layers inside its language model (deepstack); LinVT condenses "
+        "the final visual tokens only, so videos do without them. Still images keep them."
+    )
+
+
+class InternVL(ImageLLM):
+    frame_kwargs = {"crop_to_patches": False}
+    video_prompt = "<img>{video}</img>\n"
+    spare_tokens = ("<quad>",)  # InternVL2's tables are exactly as long as their vocabularies
+
+
+class LlavaOnevision(ImageLLM):
+    """Aquila-VL too. Frames take the base's video path: each pooled 2 x 2, without any-resolution tiles."""
+
+    def features(self, base, pixel_values):
+        pixel_values = pixel_values[:, 0] if pixel_values.ndim == 5 else pixel_values  # the whole frame, no tiles
+        tokens = base.get_video_features(pixel_values[None], return_dict=True).pooler_output[0]
+        side = base.config.vision_config.image_size // base.config.vision_config.patch_size
+        places = math.ceil(side / 2) ** 2
+        # The newline that ends a video comes last in newer transformers, and separately in older ones.
+        return tokens[: len(pixel_values) * places].unflatten(0, (-1, places))
+
+
+class Gemma3(ImageLLM):
+    frame_kwargs = {"do_pan_and_scan": False}
+
+
+class PaliGemma(ImageLLM):
+    answer_token_type = 1  # type 0 is the prompt, which reads itself in both directions
+
+
+class Idefics3(ImageLLM):
+    """SmolVLM too."""
+
+    frame_kwargs = {"do_image_splitting": False}
+
+
+BASES: dict[str, ImageLLM] = {
+    "qwen2_vl": Qwen2VL(),
+    "qwen2_5_vl": Qwen2VL(),
+    "qwen3_vl": Qwen3VL(),
+    "internvl": InternVL(),
+    "llava_onevision": LlavaOnevision(),
+    "gemma3": Gemma3(),
+    "paligemma": PaliGemma(),
+    "idefics3": Idefics3(),
+    "smolvlm": Idefics3(),
+}
+_ANY_BASE = ImageLLM()
+
+
+def image_llm_of(config: PreTrainedConfig) -> ImageLLM:
+    """What is special about a base; for one without an entry, nothing."""
+    return BASES.get(config.model_type, _ANY_BASE)
+
+
+def build_image_llm(config: PreTrainedConfig) -> PreTrainedModel:
+    """The base a config describes, with fresh weights. Raises `ValueError` if it is no image-text-to-text model."""
+    if config.model_type in OWN_MODELS:
+        return OWN_MODELS[config.model_type]._from_config(config)
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise ValueError(
+            f"base_config has model_type '{config.model_type}', which transformers does not list as an "
+            "image-text-to-text model; LinVT needs a base that takes images and text."
+        )
+    return AutoModelForImageTextToText.from_config(config)
+
+
+def check_loaded(info: dict, source) -> None:
+    """Raises `ValueError` naming each tensor that `from_pretrained` found missing or unexpected."""
+    problems = {kind: sorted(info.get(f"{kind}_keys") or ()) for kind in ("missing", "unexpected")}
+    if any(problems.values()):
+        listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+        raise ValueError(f"The tensors in {source} do not fit its config ({listed}).")
+
+
+def features_per_frame(tokens: list[Tensor], num_frames: list[int]) -> list[Tensor]:
+    """Per-frame tokens [N, D] as one tensor [T, N, D] a video. Raises `ValueError` if a video's frames differ in N."""
+    videos, start = [], 0
+    for count in num_frames:
+        frames = tokens[start : start + count]
+        sizes = {len(frame) for frame in frames}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"Frames of one video have {min(sizes)} to {max(sizes)} visual tokens; they must all have the same "
+                "size in pixels."
+            )
+        videos.append(torch.stack(frames))
+        start += count
+    return videos

@@ -1,0 +1,434 @@
+"""LinVTForConditionalGeneration: an image-LLM that reads videos as a few linear combinations of its own tokens."""
+
+import inspect
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+
+from .configuration_linvt import LinVTConfig
+from .hub_folder import HubFolderMixin
+from .image_llm import build_image_llm, features_per_frame, image_llm_of
+from .video_tokenizer import LinearVideoTokenizer, LinVTPreTrainedModel
+
+if TYPE_CHECKING:
+    # Not used here: transformers copies the files it finds in relative imports, and these travel with a model too.
+    from .pipeline_linvt import VideoQuestionAnsweringPipeline  # noqa: F401
+    from .processing_linvt import LinVTProcessor  # noqa: F401
+
+logger = logging.get_logger(__name__)
+
+FRAMES_INPUTS = ("pixel_values_videos", "frame_features")  # a video's frames, in one form or the other
+VIDEO_INPUTS = (*FRAMES_INPUTS, "num_frames", "frame_times", "question_ids", "question_mask")
+FRAME_PREFIX = "frames_"  # what the base's image processor gave beside the pixels of the frames
+
+
+@dataclass
+class VideoFeatures(ModelOutput):
+    """
+    pooler_output: [V, M, D], the tokens of each video.
+    weights: for each video W, [M, T, N], whose rows weigh its frames' own tokens; only when asked for.
+    scores: for each video [T, N], the significance of its tokens as logits.
+    """
+
+    pooler_output: Tensor | None = None
+    weights: list[Tensor] | None = None
+    scores: list[Tensor] | None = None
+
+
+class LinVTForConditionalGeneration(HubFolderMixin, LinVTPreTrainedModel, GenerationMixin):
+    """
+    An image-LLM wrapped with LinVT: texts, images and videos in any mix, text out.
+
+    Videos go through the base's vision encoder and projector frame by frame, then through `video_tokenizer`; its
+    tokens take their places among the prompt's embeddings. Without a video it is the base's own call.
+
+    Args:
+        config: `LinVTConfig` with a `base_config`.
+        base: the image-LLM itself, if it is already there; by default it is built from `config.base_config`.
+    """
+
+    main_input_name = "input_ids"
+    input_modalities = ("image", "video", "text")
+    # Names of the base's modules that are trained beside the tokenizer; `linvt_hf.training` sets them.
+    trained_projector: tuple[str, ...] = ()
+
+    def __init__(self, config: LinVTConfig, base: PreTrainedModel | None = None):
+        super().__init__(config)
+        if config.base_config is None:
+            raise ValueError("LinVTConfig has no base_config, so there is no image-LLM to build; give base_config.")
+        self.base = build_image_llm(config.base_config) if base is None else base
+        self.video_tokenizer = LinearVideoTokenizer(config)
+        self.image_llm = image_llm_of(config.base_config)
+        self.post_init()
+
+    @classmethod
+    def from_image_llm(cls, base: PreTrainedModel, video_token_id: int, **settings) -> "LinVTForConditionalGeneration":
+        """
+        Wraps an image-LLM, whose weights stay as and where they are, with a fresh video tokenizer.
+
+        Args:
+            base: the image-LLM, a transformers image-text-to-text model.
+            video_token_id: an id of its vocabulary that prompts do not otherwise use.
+            settings: any field of `LinVTConfig`.
+        """
+        unknown = sorted(settings.keys() - LinVTConfig.__dataclass_fields__.keys())
+        if unknown:
+            raise ValueError(f"LinVTConfig has no field {', '.join(unknown)}; see its docstring for those it has.")
+        model = cls(LinVTConfig(base_config=base.config, video_token_id=video_token_id, **settings), base=base)
+        model.video_tokenizer.to(device=base.device, dtype=base.dtype)
+        model.config.dtype = base.dtype
+        model.generation_config = deepcopy(base.generation_config)
+        model.generation_config._from_model_config = False  # it is our own now; transformers may not make it anew
+        # A sampled placeholder would ask for a video that is not there.
+        model.generation_config.suppress_tokens = [*(base.generation_config.suppress_tokens or []), video_token_id]
+        if model.image_llm.lost:
+            logger.warning(model.image_llm.lost)
+        return model
+
+    # ---- the base's parts ----
+
+    def get_input_embeddings(self):
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.base.set_output_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(self, *args, **kwargs):
+        """The base's visual tokens for still images; its own arguments and output."""
+        return self.base.get_image_features(*args, **kwargs)
+
+    # ---- videos ----
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: Tensor | None = None,
+        num_frames: Tensor | list[int] | None = None,
+        frame_times: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        output_weights: bool = False,
+        frame_features: Tensor | None = None,
+        **frame_inputs: Tensor,
+    ) -> VideoFeatures:
+        """
+        The tokens of some videos, each conditioned on its question.
+
+        Args:
+            pixel_values_videos: the frames of all videos one after another, as the processor gives them.
+            num_frames: [V], frames of each video.
+            frame_times: [V, max T], seconds of each frame; padding is ignored.
+            question_ids, question_mask: [V, L], each video's question as token ids, and True (or 1) for real words.
+                Without them the tokens depend on the video alone.
+            output_weights: also return W.
+            frame_features: [sum of T, N, D], the frames' visual tokens if they are already there, as
+                `image_llm.encode_frames` gave them; instead of `pixel_values_videos`. Where frames differ in N, N is
+                the largest and `frames_num_tokens`, [sum of T], says how many of a frame's rows are real.
+            frame_inputs: `frames_<name>` for each further input of the base's vision encoder, one entry a frame.
+        """
+        if (pixel_values_videos is None) == (frame_features is None):
+            both = "neither was given" if frame_features is None else "both were given"
+            raise ValueError(f"A video's frames are pixel_values_videos or frame_features, and {both}; give one.")
+        counts = num_frames.tolist() if isinstance(num_frames, Tensor) else list(num_frames or [])
+        if not counts or min(counts) < 1:
+            raise ValueError(f"num_frames must hold a positive count for each video; got {counts}.")
+        if question_ids is not None and len(question_ids) != len(counts):
+            raise ValueError(f"{len(counts)} videos, but {len(question_ids)} rows of question_ids; give one a video.")
+        inputs = {name.removeprefix(FRAME_PREFIX): value for name, value in frame_inputs.items()}
+        num_tokens = inputs.pop("num_tokens", None)
+        if frame_features is not None:
+            videos = _split_features(frame_features.to(self.base.device), counts, num_tokens)
+        else:
+            tokens = self.image_llm.encode_frames(
+                self.base, pixel_values_videos, inputs, sum(counts), self.config.frames_per_chunk
+            )
+            videos = features_per_frame(tokens, counts)  # V tensors [T, N, D]
+            del tokens  # they were copied, and are the largest thing here
+        starts = [sum(counts[:index]) for index in range(len(counts))]
+        grids = [self.image_llm.grid(v.shape[1], inputs, start) for v, start in zip(videos, starts, strict=True)]
+        text = None if question_ids is None else self.get_input_embeddings()(question_ids.to(self.base.device))
+
+        rows: list[tuple] = [()] * len(videos)
+        # Videos whose frames have the same shape make one batch. Their lengths lie between two powers of two, so that
+        # no video is padded to more than twice its length.
+        alike = [(grid, (count - 1).bit_length()) for grid, count in zip(grids, counts, strict=True)]
+        for kind in dict.fromkeys(alike):
+            members = [index for index, other in enumerate(alike) if other == kind]
+            grid = kind[0]
+            lengths = [counts[index] for index in members]
+            device = videos[members[0]].device
+            chosen = torch.tensor(members, device=device)
+            out = self.video_tokenizer(
+                _batch([videos[index] for index in members]),  # [B, T, N, D]
+                frame_mask=None if len(set(lengths)) == 1 else _mask(lengths, device),
+                frame_times=None if frame_times is None else frame_times.to(device)[chosen, : max(lengths)],
+                text_embeds=None if text is None else text.to(device)[chosen],
+                text_mask=None if text is None or question_mask is None else question_mask.to(device)[chosen],
+                output_weights=output_weights,
+                grid=grid,
+            )
+            for row, (index, length) in enumerate(zip(members, lengths, strict=True)):
+                weights = None
+                if output_weights:
+                    weights = out.weights[row].unflatten(-1, (-1, videos[index].shape[1]))[:, :length]
+                rows[index] = (out.video_tokens[row], weights, out.scores[row, :length])
+        video_tokens, weights, scores = zip(*rows, strict=True)
+        return VideoFeatures(torch.stack(video_tokens), list(weights) if output_weights else None, list(scores))
+
+    @staticmethod
+    def take_video_inputs(inputs: dict) -> dict:
+        """Takes what `get_video_features` needs out of a model's inputs; nothing if they hold no video."""
+        names = [name for name in inputs if name in VIDEO_INPUTS or name.startswith(FRAME_PREFIX)]
+        videos = {name: inputs.pop(name) for name in names}
+        return videos if any(videos.get(name) is not None for name in FRAMES_INPUTS) else {}
+
+    def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Where the videos' tokens go, [B, S]; without ids, as in transformers, a placeholder's embedding tells."""
+        if input_ids is not None:
+            return input_ids == self.config.video_token_id
+        token = torch.tensor(self.config.video_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
+
+    def _embed(self, input_ids, inputs_embeds, video_embeds: Tensor, cached: int) -> Tensor:
+        """The prompt's embeddings, [B, S, D], with the videos' tokens in their places."""
+        placeholder = self._placeholders(input_ids, inputs_embeds)
+        embeds = inputs_embeds if input_ids is None else self.get_input_embeddings()(input_ids)
+        places, tokens = placeholder.to(embeds.device), video_embeds.flatten(0, 1).to(embeds)
+        if not torch.compiler.is_compiling() and (found := int(places.sum())) != len(tokens):
+            if cached and found < len(tokens) and len(places) == 1:
+                tokens = tokens[len(tokens) - found :]  # the videos before are in the cache already
+            else:
+                raise ValueError(
+                    f"The prompts hold {found} video tokens, but {len(video_embeds)} videos of "
+                    f"{video_embeds.shape[1]} tokens make {len(tokens)}; pass the processor's output unchanged, one "
+                    "video a placeholder."
+                )
+        return embeds.masked_scatter(places[..., None], tokens)
+
+    # ---- one path for training, scoring and generation ----
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        num_frames: Tensor | None = None,
+        frame_times: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        video_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        # What processors give for images and frames. `transformers.Trainer` drops what is not named here.
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        batch_num_images: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        frames_pixel_attention_mask: Tensor | None = None,
+        frames_image_grid_thw: Tensor | None = None,
+        frames_image_sizes: Tensor | None = None,
+        frame_features: Tensor | None = None,
+        frames_num_tokens: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ModelOutput:
+        """
+        Logits, and the loss if `labels` are given, as the base returns them.
+
+        Args:
+            input_ids: [B, S]; each video holds M places of `config.video_token_id`, in the order of the videos.
+            pixel_values_videos or frame_features, num_frames, frame_times, question_ids, question_mask: see
+                `get_video_features`.
+            video_embeds: [V, M, D], the videos' tokens, if they are already there.
+            frames_*: what the base's vision encoder needs beside the pixels of a video's frames.
+            pixel_values and the others, kwargs: the base's own inputs for images, and any other it takes.
+
+        Raises `ValueError` when videos and places for them do not match.
+        """
+        named = {
+            "pixel_values": pixel_values,
+            "pixel_attention_mask": pixel_attention_mask,
+            "image_grid_thw": image_grid_thw,
+            "image_sizes": image_sizes,
+            "batch_num_images": batch_num_images,
+            "token_type_ids": token_type_ids,
+            "mm_token_type_ids": mm_token_type_ids,
+            "frames_pixel_attention_mask": frames_pixel_attention_mask,
+            "frames_image_grid_thw": frames_image_grid_thw,
+            "frames_image_sizes": frames_image_sizes,
+            "frames_num_tokens": frames_num_tokens,
+        }
+        kwargs.update({name: value for name, value in named.items() if value is not None})
+        frame_inputs = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(FRAME_PREFIX)}
+        if video_embeds is None and (pixel_values_videos is not None or frame_features is not None):
+            video_embeds = self.get_video_features(
+                pixel_values_videos,
+                num_frames,
+                frame_times,
+                question_ids,
+                question_mask,
+                frame_features=frame_features,
+                **frame_inputs,
+            ).pooler_output
+        if video_embeds is not None:
+            cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+            inputs_embeds = self._embed(input_ids, inputs_embeds, video_embeds, cached)
+            if position_ids is None and input_ids is not None:
+                position_ids = self._positions(input_ids, attention_mask, past_key_values, kwargs)
+            input_ids = None
+        output = self.base(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **self._known_to_base(kwargs),
+        )
+        if self.training and torch.is_grad_enabled() and (zero := self._zero_of_trained()) is not None:
+            name = "logits" if output.loss is None else "loss"
+            output[name] = output[name] + zero.to(output[name])
+        return output
+
+    def _zero_of_trained(self) -> Tensor | None:
+        """
+        0, made of everything that is trained before the language model; None if nothing is.
+
+        A batch of texts alone, or videos without a question, leave parts of the tokenizer out. Several processes that
+        average gradients need one for each parameter from every process: otherwise those with videos wait for ever
+        for those without. With this term what was left out has a gradient of zeros, in one process as in many.
+        """
+        modules = (self.video_tokenizer, *map(self.get_submodule, self.trained_projector))
+        trained = [p for module in modules for p in module.parameters() if p.requires_grad and p.numel()]
+        # One element of each: its gradient is a whole tensor of zeros all the same.
+        return 0.0 * torch.stack([p.flatten()[0].float() for p in trained]).sum() if trained else None
+
+    def _positions(self, input_ids, attention_mask, past_key_values, kwargs) -> Tensor:
+        """The base's own positions for a prompt; its video tokens count as text (one dimension of M-RoPE)."""
+        known = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            **kwargs,
+        }
+        positions = self.base._prepare_position_ids_for_generation(input_ids, known)
+        return positions[..., -input_ids.shape[1] :]
+
+    def _known_to_base(self, kwargs: dict) -> dict:
+        """Drops what only other bases' processors are asked for, such as token type ids."""
+        named = inspect.signature(self.base.forward).parameters
+        optional = ("token_type_ids", "mm_token_type_ids")
+        return {name: value for name, value in kwargs.items() if name in named or name not in optional}
+
+    # ---- generation: the base prepares its own steps, LinVT adds the videos to the first ----
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+        """`GenerationMixin.generate` with videos: they are encoded once, before beams or samples are spread."""
+        videos = self.take_video_inputs(kwargs)
+        if videos and kwargs.get("video_embeds") is None:
+            kwargs["video_embeds"] = self.get_video_features(**videos).pooler_output
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        given, cached = kwargs.get("video_embeds") is not None, kwargs.get("past_key_values") is not None
+        if given and kwargs.get("prefill_chunk_size") is not None:
+            raise ValueError("prefill_chunk_size does not work with videos; leave it out.")
+        if not given and not cached and input_ids is not None and (input_ids == self.config.video_token_id).any():
+            raise ValueError("The prompts hold video tokens, but no video was given; pass the processor's output.")
+        return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, video_embeds=None, is_first_iteration=False, use_cache=True, **kwargs
+    ):
+        model_inputs = self.base.prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        if video_embeds is not None and (is_first_iteration or not use_cache):
+            model_inputs["video_embeds"] = video_embeds
+        return model_inputs
+
+    def _supports_mm_encoder_outputs(self):  # still images are encoded as the base does it, before beams
+        return self.base._supports_mm_encoder_outputs()
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
+        return self.base._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        return self.base._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+    def _update_model_kwargs_for_generation(self, *args, **kwargs):
+        return self.base._update_model_kwargs_for_generation(*args, **kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        video_embeds = model_kwargs.pop("video_embeds", None)
+        if video_embeds is not None and expand_size > 1:
+            ids = input_ids if input_ids is not None and input_ids.shape[1] else None
+            places = self._placeholders(ids, model_kwargs.get("inputs_embeds"))
+            per_sample = places.sum(dim=1) // self.config.num_video_tokens
+            samples = video_embeds.split(per_sample.tolist())
+            video_embeds = torch.cat([sample for sample in samples for _ in range(expand_size)])
+        input_ids, model_kwargs = self.base._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if video_embeds is not None:
+            model_kwargs["video_embeds"] = video_embeds
+        return input_ids, model_kwargs
+
+    def _validate_model_kwargs(self, model_kwargs):
+        known = inspect.signature(self.base.forward).parameters
+        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in known})
+
+
+def _split_features(features: Tensor, counts: list[int], num_tokens: Tensor | None) -> list[Tensor]:
+    """Frames' tokens [sum of T, N, D] as one tensor [T, N, D] a video, each without its padding."""
+    if len(features) != sum(counts):
+        raise ValueError(
+            f"frame_features holds {len(features)} frames, but num_frames asks for {sum(counts)}; give one entry a "
+            "frame."
+        )
+    videos = features.split(counts)
+    if num_tokens is None:
+        return list(videos)
+    firsts = [sum(counts[:index]) for index in range(len(counts))]
+    return [video[:, :real] for video, real in zip(videos, num_tokens[firsts].tolist(), strict=True)]
+
+
+def _batch(videos: list[Tensor]) -> Tensor:
+    """Videos [T, N, D] as one tensor [B, max T, N, D]; without a copy if there is only one."""
+    return videos[0][None] if len(videos) == 1 else pad_sequence(videos, batch_first=True)
+
+
+def _mask(lengths: list[int], device: torch.device) -> Tensor:
+    """[B, max T], True for the first `lengths[b]` frames."""
+    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+
+
+__all__ = ["LinVTForConditionalGeneration", "VideoFeatures"]

@@ -1,0 +1,201 @@
+"""The `video-question-answering` pipeline: videos and questions in, answers out."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+from transformers import BatchFeature, Pipeline
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+
+from .video_reading import is_one_video
+
+_STAY = ("pixel_values_videos", "num_frames")
+# Inputs of which a sample has one row.
+_ROW_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "video_embeds"}
+
+
+class VideoQuestionAnsweringPipeline(Pipeline):
+    """
+    Answers questions about videos with a LinVT model.
+
+    ```python
+    answer = pipeline("video-question-answering", model=folder_or_hub_id, trust_remote_code=True)
+    answer(video="cat.mp4", question="What does the cat do?")
+    answer(video="cat.mp4", question="Where is it?", choices=["indoors", "outdoors"])
+    answer([{"video": "a.mp4", "question": "Who?"}, {"video": "b.mp4", "question": "Where?"}], batch_size=2)
+    ```
+
+    Each input gives a list of dicts: `{"answer": text}`, one for each returned sequence; with `choices` one for each
+    option, best first, with `score`, the options' probabilities (they sum to 1), and `log_likelihood`, the mean over
+    the option's tokens of their log-probability after the prompt, from whose softmax the scores come.
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_video_processor = False
+
+    MAX_NEW_TOKENS = 256  # ours; for models whose generation config sets no limit
+
+    def _sanitize_parameters(
+        self, num_frames=None, fps=None, questions=None, choices=None, skip_special_tokens=None, **generate_kwargs
+    ):
+        preprocess = {"num_frames": num_frames, "fps": fps, "questions": questions, "choices": choices}
+        preprocess = {name: value for name, value in preprocess.items() if value is not None}
+        postprocess = {} if skip_special_tokens is None else {"skip_special_tokens": skip_special_tokens}
+        return preprocess, generate_kwargs, postprocess
+
+    def __call__(self, inputs=None, question=None, *, video=None, **kwargs):
+        """
+        Args:
+            inputs: a dict with `video`, `question` and perhaps `choices`; a chat, whose messages hold blocks of type
+                "video"; a list, generator or dataset of these. Or a video, with `question` beside it.
+            video, question: one of each, or one question for several videos, or as many of both.
+            num_frames, fps: how the videos are sampled, instead of the processor's defaults.
+            choices: options to choose from.
+            questions: False for answers to prompts without words, whose videos are then condensed without a question.
+            batch_size: inputs that go through the model together.
+            kwargs: for `generate`, such as `max_new_tokens` or a `streamer`.
+        """
+        if video is None and question is not None:
+            inputs, video = None, inputs
+        if (video is None) != (question is None):
+            raise ValueError("Give both video= and question=; one of them is missing.")
+        if video is not None:
+            videos = [video] if is_one_video(video) else list(video)
+            questions = [question] * len(videos) if isinstance(question, str) else list(question)
+            if len(videos) == 1 and len(questions) > 1:
+                videos = videos * len(questions)
+            if len(videos) != len(questions):
+                raise ValueError(f"{len(videos)} videos, but {len(questions)} questions; give as many of both.")
+            pairs = [{"video": v, "question": q} for v, q in zip(videos, questions, strict=True)]
+            inputs = pairs[0] if is_one_video(video) and isinstance(question, str) else pairs
+        if inputs is None or isinstance(inputs, str) or (isinstance(inputs, (list, tuple)) and not inputs):
+            raise ValueError("Nothing to answer: give video= and question=, or a chat.")
+        return super().__call__(inputs, **kwargs)
+
+    # ---- one input ----
+
+    def preprocess(self, inputs, choices=None, **sampling):
+        if isinstance(inputs, dict) and "video" in inputs:
+            if "question" not in inputs:
+                raise ValueError("An input has a video but no question.")
+            choices = inputs.get("choices", choices)
+            content = [{"type": "video", "video": inputs["video"]}, {"type": "text", "text": inputs["question"]}]
+            messages = [{"role": "user", "content": content}]
+        else:  # the base class makes a Chat of what looks like one
+            messages = getattr(inputs, "messages", inputs)
+        features = self.processor.apply_chat_template(
+            messages,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs=sampling,
+        )
+        return {"features": features, "choices": [choices]}
+
+    def collate(self, items: list[dict]) -> dict:
+        choices = [choices for item in items for choices in item["choices"]]
+        if any(choices):  # an input's options are a batch of their own
+            return {"features": [item["features"] for item in items], "choices": choices}
+        return {"features": self.processor.collate([item["features"] for item in items]), "choices": choices}
+
+    def get_iterator(
+        self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
+    ) -> Iterator:
+        # The base class pads every tensor as if it were text, which would cut videos; this one collates by meaning.
+        dataset = PipelineDataset if hasattr(inputs, "__len__") else PipelineIterator
+        loader = DataLoader(
+            dataset(inputs, self.preprocess, preprocess_params),
+            num_workers=num_workers,
+            batch_size=batch_size,
+            collate_fn=self.collate,
+        )
+        for batch in loader:
+            for answers in self.forward(batch, **forward_params):
+                yield self.postprocess([answers], **postprocess_params)
+
+    # ---- the model ----
+
+    def _ensure_tensor_on_device(self, inputs, device):
+        # Pixels, counts and shapes of frames stay where they are: the model takes a few frames at a time to its
+        # device, and reads counts on the CPU.
+        if isinstance(inputs, (dict, BatchFeature)) and "pixel_values_videos" in inputs:
+            stay = {name: v for name, v in inputs.items() if name in _STAY or name.startswith("frames_")}
+            moved = {name: value for name, value in inputs.items() if name not in stay}
+            return BatchFeature({**super()._ensure_tensor_on_device(moved, device), **stay})
+        return super()._ensure_tensor_on_device(inputs, device)
+
+    def _forward(self, model_inputs, **generate_kwargs) -> list:
+        """For each input of the batch: the new tokens [R, L] of its R sequences, or its scored choices."""
+        features, choices = model_inputs["features"], model_inputs["choices"]
+        if any(choices):
+            if not all(choices):
+                raise ValueError("In one batch some inputs have choices and some have none; ask them separately.")
+            samples = features if isinstance(features, list) else [features]
+            return [
+                self._score_choices(dict(sample), options) for sample, options in zip(samples, choices, strict=True)
+            ]
+        limited = {"max_new_tokens", "max_length", "generation_config"} & generate_kwargs.keys()
+        if not limited and self.model.generation_config.max_new_tokens is None:
+            generate_kwargs["max_new_tokens"] = self.MAX_NEW_TOKENS
+        sequences = self.model.generate(**features, **generate_kwargs)
+        sequences = getattr(sequences, "sequences", sequences)[:, features["input_ids"].shape[1] :]
+        return list(sequences.unflatten(0, (len(choices), -1)))
+
+    def _score_choices(self, features: dict, options: list[str]) -> list[dict]:
+        """The options of one input, best first. Its videos are encoded once; its options run as one batch."""
+        if isinstance(options, str):
+            raise ValueError(f"choices must be a list of options, not one text: {options!r}.")
+        features.pop("labels", None)  # some bases' processors add them
+        videos = self.model.take_video_inputs(features)
+        if videos:
+            features["video_embeds"] = self.model.get_video_features(**videos).pooler_output
+        if features.keys() <= _ROW_INPUTS:
+            scores = self._log_likelihoods(features, options)
+        else:  # an image is no row of the batch, and cannot be repeated for each option like one
+            scores = torch.cat([self._log_likelihoods(dict(features), [option]) for option in options])
+        rows = zip(options, scores.softmax(dim=0).tolist(), scores.tolist(), strict=True)
+        answers = [{"answer": option, "score": share, "log_likelihood": score} for option, share, score in rows]
+        return sorted(answers, key=lambda answer: answer["score"], reverse=True)
+
+    def _log_likelihoods(self, features: dict, options: list[str]) -> Tensor:
+        """Mean log-probability of each option's tokens after the prompt, [K] float32."""
+        input_ids = features.pop("input_ids")  # [1, S]
+        # An option stands after the prompt as it would in running text.
+        space = "" if self.tokenizer.decode(input_ids[0, -1:])[-1:].isspace() else " "
+        rows = [self.tokenizer(space + option, add_special_tokens=False)["input_ids"] for option in options]
+        if not all(option.strip() for option in options):
+            raise ValueError(f"A choice has no words: {options}.")
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(input_ids.device)  # [K, L]
+        real = pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True).to(input_ids.device)
+
+        input_ids, inputs = self.model._expand_inputs_for_generation(len(rows), input_ids=input_ids, **features)
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in inputs:
+                answer_type = torch.full_like(ids, self.model.image_llm.answer_token_type)
+                inputs[name] = torch.cat([inputs[name], answer_type], dim=1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], real.to(inputs["attention_mask"])], dim=1)
+        logits = self.model(torch.cat([input_ids, ids], dim=1), **inputs, logits_to_keep=ids.shape[1] + 1).logits
+        chosen = logits[:, :-1].float().log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]  # [K, L]
+        return (chosen * real).sum(dim=1) / real.sum(dim=1)
+
+    # ---- answers ----
+
+    def postprocess(self, model_outputs: list, skip_special_tokens: bool = True) -> list[dict]:
+        (answers,) = model_outputs
+        if isinstance(answers, list):
+            return answers
+        texts = self.processor.batch_decode(answers, skip_special_tokens=skip_special_tokens)
+        return [{"answer": text.strip()} for text in texts]
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves a complete folder, processor included."""
+        self.model.save_pretrained(save_directory, processor=self.processor, **kwargs)
+
+
+__all__ = ["VideoQuestionAnsweringPipeline"]
