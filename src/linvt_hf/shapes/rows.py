@@ -108,7 +108,10 @@ def without_score_gradient(tokenizer: LinearVideoTokenizer) -> None:
 
 
 def without_temporal_positions(tokenizer: LinearVideoTokenizer) -> None:
-    """Every token lies at the video's middle; only the order of the kept tokens is left of time."""
+    """Every token lies at the video's middle; only the order of the tokens is left of time."""
+
+    def everything(module, inputs, named):  # stretches of what top-k leaves out are of frames, then, not of seconds
+        return inputs, {**named, "frame_times": None}
 
     def scorer(module, inputs):
         tokens, mask, times, *others = inputs
@@ -117,6 +120,7 @@ def without_temporal_positions(tokenizer: LinearVideoTokenizer) -> None:
     def aggregator(module, inputs):
         return tuple(_at_one_time(part) if hasattr(part, "places") else part for part in inputs)
 
+    tokenizer.register_forward_pre_hook(everything, with_kwargs=True)
     tokenizer.scorer.register_forward_pre_hook(scorer)
     tokenizer.aggregator.register_forward_pre_hook(aggregator)
 
