@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -559,7 +560,10 @@ def test_a_run_that_fails_says_where(workers, tmp_path, capfd, monkeypatch):
     assert any("in broken" in line for line in lines)
 
 
-def test_interrupted(tmp_path, capsys, monkeypatch):
+def test_interrupted(tmp_path, capsys, monkeypatch, request):
+    # Shells let what they start in the background ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, before))
     closed = []
     plain = trainer_module.Report.close
     monkeypatch.setattr(trainer_module.Report, "close", lambda self: closed.append(1) or plain(self))
