@@ -3,22 +3,26 @@
 import copy
 import json
 import os
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors.torch import load_file, save_file
 from test_modeling import CLOSE, IMAGE, logits
-from tiny_bases import NAMED, UNNAMED
+from tiny_bases import NAMED, TINY_LINVT, UNNAMED
 from tiny_models import base_folder, chat, encode, noise_video, wrapped
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from linvt_hf import LinVTForConditionalGeneration
+from linvt_hf import LinVTForConditionalGeneration, wrap
 from linvt_hf.cli import main
-from linvt_hf.training import adapters_off, load_adapter, merge, save_adapter
+from linvt_hf.training import TrainingSettings, adapters_off, load_adapter, merge, save_adapter
 from linvt_hf.training.adapter_files import ADAPTER_FILE, LORA_FILE, WEIGHTS_FILE, is_adapter
-from linvt_hf.training.adapters import add_lora, add_projector, projector_modules
+from linvt_hf.training.adapters import add_lora, add_projector, has_lora, projector_modules
+from linvt_hf.training.preparation import load_model
 
 # The linear layers of each language model's blocks, by the names its authors gave them.
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -125,7 +129,7 @@ def test_the_base_may_be_given(tmp_path):
     save_adapter(model, tmp_path, processor)
     assert json.loads((tmp_path / ADAPTER_FILE).read_text())["base_model"] == "gone/away"
     assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "abc123"
-    with pytest.raises(OSError, match="gone/away, is neither a folder here nor on the Hub; pass base= "):
+    with pytest.raises(OSError, match="gone/away, cannot be loaded; pass base= .*There is no model at gone/away"):
         load_adapter(tmp_path)
     whole = tmp_path / "whole"
     copy.deepcopy(wrapped("qwen2_vl")[0]).save_pretrained(whole)
@@ -150,9 +154,56 @@ def test_a_local_base_is_named_as_seen_from_the_adapters(tmp_path):
     inputs = encode(processor, chat(noise_video(), "What moves?"))
     assert torch.equal(logits(load_adapter(there / "runs" / "1")[0], inputs), logits(model, inputs))
     (there / "runs" / "1").rename(tmp_path / "alone")
-    with pytest.raises(OSError, match="neither a folder here nor on the Hub; pass base= "):
+    with pytest.raises(OSError, match="alone.* cannot be loaded; pass base= "):
         load_adapter(tmp_path / "alone")
     load_adapter(tmp_path / "alone", there / "models" / "whole")
+
+
+def test_a_local_base_of_adapters_behind_a_link(tmp_path):
+    copy.deepcopy(wrapped("mipha")[0]).save_pretrained(tmp_path / "whole")
+    (tmp_path / "large" / "disk").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "large" / "disk")
+    save_adapter(LinVTForConditionalGeneration.from_pretrained(tmp_path / "whole"), tmp_path / "runs" / "1")
+    load_adapter(tmp_path / "runs" / "1")
+
+
+def publish(folder, name, revision, commit):
+    """As if it had been fetched from the Hub, that revision and no other."""
+    repo = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / revision).write_text(commit)
+
+
+def test_revisions_on_the_hub(tmp_path):
+    """All of a base comes from one revision, which adapters name, those of a second stage too."""
+    publish(base_folder("llava"), "owner/image-llm", "v1", "a" * 40)
+    model, processor = wrap("owner/image-llm", model_kwargs={"revision": "v1"}, **TINY_LINVT)
+    assert processor.base_processor == wrapped("llava")[1].base_processor
+    model.save_pretrained(tmp_path / "whole", processor=processor)
+    publish(tmp_path / "whole", "owner/linvt", "v2", "b" * 40)
+    whole, _ = load_model(TrainingSettings(model="owner/linvt", revision="v2", output="o"), autocast=False)
+    for first, commit in [(model, "a" * 40), (whole, "b" * 40)]:
+        save_adapter(first, tmp_path / "1")
+        save_adapter(load_adapter(tmp_path / "1")[0], tmp_path / "2")
+        for stage in "12":
+            assert json.loads((tmp_path / stage / ADAPTER_FILE).read_text())["revision"] == commit
+
+
+def test_whether_there_is_a_lora_is_the_folders_word(tmp_path):
+    plain = wrapped("internvl_qwen2")[0]
+    save_adapter(trained("internvl_qwen2")[0], tmp_path / "1")
+    shutil.copytree(tmp_path / "1", tmp_path / "2")
+    save_adapter(plain, tmp_path / "2")
+    assert not has_lora(load_adapter(tmp_path / "2")[0])  # that of an earlier save is gone
+    for name in (LORA_FILE, "adapter_config.json"):
+        (tmp_path / "1" / name).unlink()
+        with pytest.raises(ValueError, match="with a LoRA, but not both of its files"):
+            load_adapter(tmp_path / "1")
+    content = json.loads((tmp_path / "2" / ADAPTER_FILE).read_text())
+    assert content.pop("lora") is False
+    (tmp_path / "2" / ADAPTER_FILE).write_text(json.dumps(content))  # as older folders are
+    assert not has_lora(load_adapter(tmp_path / "2")[0])
 
 
 def test_a_lora_without_peft(tmp_path, monkeypatch):
@@ -233,6 +284,12 @@ def test_merged_weights_have_no_name(tmp_path):
     save_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="does not name its base; pass base= "):
         load_adapter(tmp_path)
+
+
+def test_a_merged_models_card_says_how_it_was_trained(tmp_path):
+    save_adapter(trained("mipha")[0], tmp_path / "adapter", training="By hand, in a test.")
+    merge(load_adapter(tmp_path / "adapter")[0]).save_pretrained(tmp_path / "whole")
+    assert "By hand, in a test." in (tmp_path / "whole" / "README.md").read_text()
 
 
 def test_ask_and_merge_commands(tmp_path, capsys):

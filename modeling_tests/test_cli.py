@@ -65,8 +65,9 @@ def test_choices(model, video, capsys):
         (["wrap", "{base}", "{new}", "--set", "no_such=1"], "a field of LinVTConfig"),
         (["wrap", "{base}", "{new}", "--set", "num_heads=x"], "not JSON"),
         (["wrap", "{base}", "{new}", "--set", "num_heads=7"], "must be a multiple of num_heads"),
-        (["wrap", "no/such", "{new}"], "no image-LLM at no/such"),
-        (["wrap", "{model}", "{new}"], "is a LinVT model already"),
+        (["wrap", "{base}", "{new}", "--set", 'num_heads="x"'], "'num_heads' expected int, got str (value: 'x')"),
+        (["wrap", "no/such", "{new}"], "no model at no/such that can be loaded: "),
+        (["wrap", "{model}", "{new}"], "is a LinVT model or processor already"),
         (["wrap", "{base}", "{new}", "--num-frames", "0"], "num_frames must be at least 1"),
         (["ask", "no/such", "{video}", "Who?"], "no model at no/such"),
         (["ask", "{model}", "{video}", "Who?", "--device", "nosuch"], "nosuch"),
@@ -84,6 +85,15 @@ def test_one_sentence_and_exit_status_2(arguments, message, model, video, tmp_pa
     assert len(errors) == 1
     assert message in errors[0]
     assert not (tmp_path / "new").exists()
+
+
+def test_nobody_is_asked_to_trust_code(video, tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}')
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    for command in (["wrap", str(tmp_path), str(tmp_path / "new")], ["ask", str(tmp_path), video, "Who?"]):
+        assert main(command) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"There is no model at {tmp_path} that can be loaded: " in said and "custom code" in said
 
 
 def test_as_a_program(model, video):

@@ -1,20 +1,26 @@
 """Two processes on CPUs give what one gives, whatever each one's part of a batch holds."""
 
+import copy
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny_models import wrapped
 from training_data import data_file, recipe
 
 import linvt_hf.training
 from linvt_hf.training import LoraSettings, train
+from linvt_hf.training.adapter_files import trained_tensors
+from linvt_hf.training.adapters import add_lora, add_projector
 from linvt_hf.training.sources import DataSource
 from linvt_hf.training.trainer import LinVTTrainer
 
@@ -139,6 +145,25 @@ def test_deepspeed_takes_no_batch_without_a_video(tmp_path, monkeypatch):
     trainer = object.__new__(LinVTTrainer)
     with pytest.raises(ValueError, match="holds no video with a question, and DeepSpeed needs one"):
         trainer.training_step(None, {"input_ids": torch.zeros(1, 3)})
+
+
+def test_zero3_gathers_what_is_saved(monkeypatch):
+    """Whether or not it learns."""
+    gathered = []
+    zero = SimpleNamespace(GatheredParameters=lambda parameters: nullcontext(gathered.extend(parameters)))
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    model = copy.deepcopy(wrapped("mipha")[0])
+    add_projector(model)
+    add_lora(model)
+    model.requires_grad_(False)
+    trainer = object.__new__(LinVTTrainer)
+    trainer.model, trainer.is_deepspeed_enabled = model, True
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    trainer.accelerator = SimpleNamespace(state=state, unwrap_model=lambda model: model)
+    with trainer._gathered():
+        linvt, lora = trained_tensors(model)
+    expected = {id(value) for name, value in model.named_parameters() if name in linvt or ".lora_" in name}
+    assert {id(value) for value in gathered} == expected and len(expected) == len(linvt) + len(lora)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -13,6 +13,8 @@ from tiny_bases import NAMED
 from tiny_models import chat, encode, wrapped
 from video_files import moving_square, write_video
 
+from linvt_hf import LinVTForConditionalGeneration
+
 FRESH = """
 import sys
 sys.modules["linvt_hf"] = None  # importing the package fails from here on
@@ -157,6 +159,14 @@ def test_what_is_uploaded(how, tmp_path, monkeypatch):
     assert repo_id == "me/model"
     assert {"model.safetensors", "processor_config.json", "tokenizer.json", "pipeline_linvt.py", "README.md"} <= names
     assert rest == {"commit_message": "first"}
+
+
+def test_what_the_card_says_of_training(tmp_path):
+    """That there was none, only where that is known."""
+    wrapped("mipha")[0].save_pretrained(tmp_path / "fresh")
+    assert "None yet: the video tokenizer" in (tmp_path / "fresh" / "README.md").read_text()
+    LinVTForConditionalGeneration.from_pretrained(tmp_path / "fresh").save_pretrained(tmp_path / "loaded")
+    assert "## Training\n\nNot recorded.\n" in (tmp_path / "loaded" / "README.md").read_text()
 
 
 def test_a_card_that_is_there_stays(tmp_path):

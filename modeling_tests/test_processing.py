@@ -281,7 +281,7 @@ def test_wrap_refuses():
     }
     with pytest.raises(ValueError, match="LlamaForCausalLM has no get_image_features"):
         wrap(LlamaForCausalLM(LlamaConfig(**settings)), base_folder("llava"))
-    with pytest.raises(OSError, match="no image-LLM at no/such"):
+    with pytest.raises(OSError, match="no model at no/such"):
         wrap("no/such")
 
 

@@ -7,26 +7,39 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_modeling import IMAGE, logits
 from tiny_bases import TINY_LINVT
 from tiny_models import base_folder, chat, encode, noise_video, wrapped
+from torch.overrides import TorchFunctionMode
 from training_data import data_file, linvt_folder, losses, recipe, weights
 from transformers import TrainerCallback
 
 from linvt_hf import LinVTConfig, LinVTForConditionalGeneration, LinVTProcessor
 from linvt_hf.cli import main
-from linvt_hf.training import LoraSettings, TrainingSettings, load_adapter, read_settings, train
+from linvt_hf.training import (
+    ChatDataset,
+    DataSource,
+    LoraSettings,
+    TrainingSettings,
+    load_adapter,
+    merge,
+    read_settings,
+    save_adapter,
+    train,
+)
+from linvt_hf.training import recipe as recipe_module
 from linvt_hf.training import trainer as trainer_module
 from linvt_hf.training.adapters import add_lora
-from linvt_hf.training.dataset import ChatDataset
+from linvt_hf.training.feature_cache import FeatureCache
 from linvt_hf.training.preparation import load_model, prepare
 from linvt_hf.training.settings import PRESETS, SettingsError
-from linvt_hf.training.sources import DataSource
 from linvt_hf.training.trainer import last_checkpoint, parameter_groups
 
 LORA = LoraSettings(rank=4)
@@ -64,7 +77,7 @@ def test_every_base_of_the_paper_has_recipes():
 def test_extends_and_overrides(tmp_path):
     (tmp_path / "a.yaml").write_text(
         "extends: stage2\nmodel: m\noutput: o\nlora:\n  rank: 8\n"
-        "data:\n  - x.jsonl\n  - {path: y.jsonl, weight: 0.5, num_frames: 4}\n"
+        "data:\n  - x.jsonl\n  - {path: y.jsonl, weight: 0.5, num_frames: 4}\neval_data: z.jsonl\n"
     )
     (tmp_path / "b.yaml").write_text("extends: a.yaml\nlora: {dropout: 0}\nlearning_rate: 3e-4\n")
     settings = read_settings(tmp_path / "b.yaml", ["lora.alpha=4", "bf16=true", "linvt.num_heads=4", "max_steps=null"])
@@ -73,6 +86,8 @@ def test_extends_and_overrides(tmp_path):
     assert [(s.path, s.weight, s.num_frames) for s in settings.data] == [("x.jsonl", 1.0, None), ("y.jsonl", 0.5, 4)]
     assert settings.bf16 is True and settings.linvt == {"num_heads": 4} and settings.max_steps is None
     assert read_settings(tmp_path / "b.yaml", ["lora=null"]).lora is None
+    assert settings.eval_data == [DataSource("z.jsonl")]
+    assert read_settings(tmp_path / "b.yaml", ["eval_data=null"]).eval_data == []
     (tmp_path / "stage1.yaml").write_text("extends: stage1\nmodel: m\noutput: o\n")  # the shipped one, not itself
     assert read_settings(tmp_path / "stage1.yaml").model == "m"
 
@@ -108,6 +123,11 @@ def test_extends_and_overrides(tmp_path):
             "model: m\noutput: o\nlinvt:\n  num_heads: 4\n  num_seleted_tokens: 9\n",
             "line 5: linvt.num_seleted_tokens is no field of LinVTConfig; did you mean num_selected_tokens?",
         ),
+        (
+            "model: m\noutput: o\nlinvt:\n  bottleneck_size: 8\n  num_heads: x\n",
+            "line 5: linvt.num_heads does not fit: Validation error for field 'num_heads': TypeError: ",
+        ),
+        ("model: m\noutput: o\nlinvt:\n  num_heads: 7\n", "line 4: linvt.num_heads does not fit: bottleneck_size"),
         ("turns: both\n", "line 1: turns is one of each, all; got 'both'."),
         ("model: m\noutput: o\nbatch_size: 0\n", "r.yaml, line 3: batch_size must be at least 1; got 0."),
         ("model: m\noutput: o\nlora: {rank: 0}\n", "r.yaml, line 3: lora.rank must be at least 1; got 0."),
@@ -152,6 +172,15 @@ def test_bad_overrides(override, message):
 def test_no_such_recipe():
     with pytest.raises(SettingsError, match="There is no recipe qwen/stage1, .*qwen2_vl/stage1"):
         read_settings("qwen/stage1")
+
+
+def test_paths_as_python_has_them():
+    settings = TrainingSettings(
+        model=Path("m"), output=Path("o"), base=Path("b"), feature_cache=Path("c"),
+        data=["x.jsonl", Path("y.jsonl"), DataSource(Path("z.jsonl"), media=Path("v"))], eval_data="e.jsonl",
+    )  # fmt: skip
+    assert [source.path for source in settings.data + settings.eval_data] == [f"{name}.jsonl" for name in "xyze"]
+    yaml.safe_dump(settings.to_dict())  # which takes texts alone
 
 
 # ---- what a run changes ----
@@ -266,6 +295,8 @@ def test_the_base_drops_nothing_out():
     model.base.disable_adapters()
     torch.testing.assert_close(model(**inputs).logits, logits(wrapped("mipha")[0], inputs))
     assert any(module.p == 0.3 for name, module in model.named_modules() if "lora_dropout.default" in name)
+    prepare(model, TrainingSettings(model="m", output="o"))  # nor does a LoRA that learns nothing
+    assert not any(module.p for module in model.base.modules() if isinstance(module, torch.nn.Dropout))
 
 
 def test_checkpointing_leaves_the_vision_tower_alone():
@@ -399,6 +430,21 @@ def test_other_settings_do_not_go_on(tmp_path):
     with pytest.raises(SettingsError, match="holds a run already and resume is off"):
         train(recipe("mipha", tmp_path, max_steps=2, resume=False))
     assert len(losses(train(recipe("mipha", tmp_path, max_steps=2, log_every=7)))) == 2  # it is done already
+    with pytest.raises(SettingsError, match="is the model's own folder; choose another output"):
+        train(recipe("mipha", tmp_path, model=str(tmp_path), lora=LORA))
+
+
+@pytest.mark.parametrize("held", ["finished adapters", "a whole model"])
+def test_what_would_be_overwritten_stays(held, tmp_path):
+    model, _ = copy.deepcopy(wrapped("mipha"))
+    if held == "a whole model":
+        model.save_pretrained(tmp_path)
+    else:
+        save_adapter(model, tmp_path)
+    before = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    with pytest.raises(SettingsError, match=f"holds {held}; choose another output"):
+        train(recipe("mipha", tmp_path))
+    assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
 
 
 # ---- where models come from, and what is reported ----
@@ -413,8 +459,37 @@ def test_an_image_llm_is_wrapped_on_the_way(tmp_path):
     for model, message in [(linvt_folder("mipha"), "a LinVT model"), (tmp_path, "adapters")]:
         with pytest.raises(SettingsError, match=f"holds {message}, which have their settings; take linvt: out"):
             train(recipe("mipha", tmp_path / "x", model=str(model), linvt=TINY_LINVT))
-    with pytest.raises(SettingsError, match="There is no model at no/such"):
+    with pytest.raises(SettingsError, match="There is no model at no/such that can be loaded: .+"):
         train(recipe("mipha", tmp_path / "x", model="no/such"))
+
+
+def test_a_base_that_is_elsewhere(tmp_path):
+    model, processor = wrapped("mipha")
+    model.save_pretrained(tmp_path / "whole", processor=processor)
+    save_adapter(LinVTForConditionalGeneration.from_pretrained(tmp_path / "whole"), tmp_path / "adapter", processor)
+    moved = (tmp_path / "whole").rename(tmp_path / "moved")
+    model, _ = load_model(TrainingSettings(model=tmp_path / "adapter", base=moved, output="o"), autocast=False)
+    assert model.name_or_path == str(moved)
+    with pytest.raises(SettingsError, match="moved holds no adapters, so there is no base to name; take base out"):
+        load_model(TrainingSettings(model=moved, base=moved, output="o"), autocast=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, (4, 1.0)),
+        ({"fps": 2.0}, (4, 2.0)),
+        ({"num_frames": 3}, (3, None)),
+        ({"num_frames": 3, "fps": 2.0}, (3, 2.0)),
+    ],
+)
+def test_sampling_as_in_training(asked, expected, tmp_path):
+    """A rate alone leaves the limit of frames; a number alone is read without a rate, also where there was one."""
+    model, processor = copy.deepcopy(wrapped("mipha"))
+    processor.fps = 1.0
+    model.save_pretrained(tmp_path, processor=processor)
+    _, processor = load_model(TrainingSettings(model=tmp_path, output="o", **asked), autocast=False)
+    assert (processor.num_frames, processor.fps) == expected
 
 
 def test_a_lora_that_is_there_already():
@@ -449,20 +524,60 @@ def test_a_model_and_samples_in_memory(tmp_path):
         sample = encode(processor, chat(noise_video(seed=index), "What?", answer="B"), add_generation_prompt=False)
         sample["labels"] = sample["input_ids"].clone()
         rows.append(sample)
-    run = train(
-        TrainingSettings(output=str(tmp_path), max_steps=2, batch_size=2, workers=0, log_every=1),
-        model=model,
-        processor=processor,
-        data=rows,
-    )
+    settings = TrainingSettings(output=tmp_path / "run", max_steps=2, batch_size=2, workers=0, log_every=1)
+    with pytest.raises(SettingsError, match="without its processor; pass"):
+        train(settings, model=model, data=rows)
+    run = train(settings, model=model, processor=processor, data=rows)
     assert run.model is model and len(losses(run)) == 2
+    merge(run.model).save_pretrained(tmp_path / "whole")
+    assert "| steps | 2 of 2 |" in (tmp_path / "whole" / "README.md").read_text()
 
 
-def test_cached_features_give_the_same_run(tmp_path):
+@pytest.mark.parametrize("folder", ["cache", None])
+def test_cached_features_give_the_same_run(folder, tmp_path, monkeypatch):
     plain = train(recipe("internvl_qwen2", tmp_path / "a", max_steps=2))
-    cached = train(recipe("internvl_qwen2", tmp_path / "b", max_steps=2, feature_cache=str(tmp_path / "cache")))
+    done, wait, fill = [], Accelerator.wait_for_everyone, FeatureCache.fill
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda self: done.append("waited") or wait(self))
+    monkeypatch.setattr(FeatureCache, "fill", lambda *args, **kwargs: done.append(fill(*args, **kwargs)))
+    values = {"feature_memory": True} if folder is None else {"feature_cache": tmp_path / folder}
+    cached = train(recipe("internvl_qwen2", tmp_path / "b", max_steps=2, **values))
     torch.testing.assert_close(losses(cached), losses(plain), rtol=1e-5, atol=1e-5)
-    assert list((tmp_path / "cache").rglob("*.safetensors"))
+    # A process that began to read earlier could report what another is about to forget.
+    assert done[:2] == ["waited", 8]
+    assert len(list(tmp_path.rglob("cache/*/*.safetensors"))) == (8 if folder else 0)
+
+
+def test_the_first_rate_counts_training_alone(tmp_path, monkeypatch):
+    def days(trainer, datasets):
+        trainer.since -= 1e6
+
+    monkeypatch.setattr(recipe_module, "_fill_features", days)
+    data = ChatDataset([DataSource(data_file())], wrapped("mipha")[1])
+    settings = recipe("mipha", tmp_path, max_steps=1, feature_memory=True, feature_cache=tmp_path)
+    assert train(settings, data=data).history[0]["samples_per_second"] > 1e-3
+
+
+def test_no_float64_on_the_device(tmp_path):
+    """Apple's has none."""
+
+    class Refuse(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            assert getattr(result, "dtype", None) != torch.float64, function
+            return result
+
+    with Refuse():
+        run = train(recipe("mipha", tmp_path, max_steps=1, eval_data=data_file(videos=3)))
+    assert {"samples_per_second", "eval_loss"} <= {name for entry in run.history for name in entry}
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_only_where_the_gpu_has_it(native, monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native
+    )
+    args = SimpleNamespace(device=torch.device("cuda"))
+    assert recipe_module._autocast(TrainingSettings(), args) is native
 
 
 def test_what_a_user_sees(tmp_path):

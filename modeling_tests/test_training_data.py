@@ -20,8 +20,8 @@ from video_files import moving_square, write_video
 from linvt_hf.training import dataset
 from linvt_hf.training.dataset import ChatDataset, read_skipped
 from linvt_hf.training.feature_cache import FeatureCache, check_frozen
-from linvt_hf.training.labels import IGNORED, encode_conversation
-from linvt_hf.training.media import read_clip
+from linvt_hf.training.labels import IGNORED, encode_text
+from linvt_hf.training.media import read_frames
 from linvt_hf.training.sampler import StepSampler
 from linvt_hf.training.sources import Conversation, DataSource, read_records, read_source
 
@@ -81,6 +81,13 @@ def write(folder, name, *records):
     lines = [json.dumps(record) for record in records]
     path.write_text("\n".join(lines) + "\n" if name.endswith("l") else "[\n" + ",\n".join(lines) + "\n]\n")
     return path
+
+
+def encode_conversation(processor, messages, turns="each"):
+    """The sample that a conversation in memory makes."""
+    videos = [block["video"] for turn in messages for block in turn["content"] if block["type"] == "video"]
+    frames = processor._frames([processor._read(one, None, None, True) for one in videos]) if videos else {}
+    return {**encode_text(processor, messages, turns), **frames}
 
 
 def learned(processor, sample):
@@ -198,11 +205,14 @@ def test_media_lie_beside_the_data_file(media, tmp_path):
         (llava("What?", "A.", "Why?", video="a.mkv"), "has no answer to its last question"),
         (llava("What?", " ", video="a.mkv"), "turn 2 is an empty answer"),
         ({"video": "a.mkv", "QA": [{"q": "What?"}]}, "turn 2 is an empty answer"),
+        ({"QA": [{"q": "How many?", "a": 0}]}, "a turn of the assistant says 0, which is no text"),
         ({"QA": []}, "has no answer"),
         (llava("What?", "A.", video="none.mkv"), "there is no video at .*none.mkv"),
         (llava("What?", "A.", image="none.png"), "there is no image at .*none.png"),
         (llava("What?", "A.", video=["f1.png", "f2.png"]), "there is no frame at .*f1.png"),
         (llava("What?", "A.", video={"path": ""}), "the path of its video is empty"),
+        (llava("What?", "A.", video={"path": None}), "gives None as its video, which is no path"),
+        (llava("What?", "A.", image=5), "gives 5 as its image, which is no path"),
         (llava("<video>\nWhat?", "A."), "hold 1 places for a video, but it names 0"),
         (llava("<image>\nWhat?", "A."), "hold 1 places for a image, but it names 0"),
         (llava("<video><video>\nWhat?", "A.", video="a.mkv"), "hold 2 places for a video, but it names 1"),
@@ -215,9 +225,12 @@ def test_media_lie_beside_the_data_file(media, tmp_path):
         ({"conversations": [{"from": "bot", "value": "Hi"}]}, "a turn is by 'bot', and known are user, human"),
         ({"messages": [{"role": "tool", "content": "Hi"}]}, "a turn is by 'tool'"),
         ({"messages": [{"content": "Hi"}]}, "a turn is by None"),
+        ({"messages": [{"role": ["user"], "content": "Hi"}]}, r"a turn is by \['user'\]"),
         ({"conversations": "Hi"}, "its conversations must be a list of objects with fields"),
         ({"QA": [["What?", "A."]]}, "its QA must be a list of objects with fields"),
         (llava(3, "A."), "a turn of the user says 3, which is no text"),
+        (llava("How many?", 0), "a turn of the assistant says 0, which is no text"),
+        ({"messages": turns(3, "A.")}, "a turn of the user says 3, which is no text"),
         ({"messages": turns("What?", "A.")[1:]}, "turn 1 is by assistant, after nothing"),
         ({"messages": turns("What?", "A.")[:1] * 2}, "turn 2 is by user, after user"),
         ({"messages": turns("What?", "A.", system="S")[::2]}, "turn 2 is by assistant, after system"),
@@ -243,7 +256,7 @@ def test_records_that_cannot_be_used(media, tmp_path, record, complaint, suffix)
 
 def test_files_that_cannot_be_read(media, tmp_path):
     def fails(name, content, complaint, error=ValueError):
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(error, match=complaint):
             read_source(DataSource(str(tmp_path / name)))
 
@@ -256,6 +269,10 @@ def test_files_that_cannot_be_read(media, tmp_path):
     fails("broken.json", f"[\n{record},\n{record[:20]}\n]", r"broken.json:\d \(record 2\): this is not JSON")
     fails("comma.json", f"[\n{record}\n{record}\n]", "comma.json:3: a comma or ] should follow record 1")
     fails("cut.json", f"[\n{record},\n", "cut.json ends after record 1 without a ]")
+    fails("two.json", f"[{record},\n{record}]\n[{record}]\n", "two.json:3: more follows the list of 2 records")
+    latin = record.encode().replace(b"A.", b"\xc4.")
+    fails("latin.jsonl", record.encode() + b"\n" + latin, "latin.jsonl:2: this is not UTF-8")
+    fails("latin.json", b"[" + record.encode() + b",\n" + latin + b"]", "latin.json:2: this is not UTF-8")
     fails("data.csv", "video,question", "ends in '.csv'; data is read from .json, .jsonl, .parquet")
     with pytest.raises(FileNotFoundError, match="There is no data file .*absent.json"):
         read_source(DataSource(str(tmp_path / "absent.json")))
@@ -267,6 +284,27 @@ def test_files_that_cannot_be_read(media, tmp_path):
         DataSource("x.json", weight=0)
     with pytest.raises(ValueError, match="x.json: num_frames must be at least 1 and fps above 0; got 0 and None"):
         DataSource("x.json", num_frames=0)
+
+
+@pytest.mark.parametrize("broken", ["empty", "text", "cut off", "damaged"])
+def test_broken_parquet(broken, tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    path = tmp_path / "data.parquet"
+    rows = pyarrow.Table.from_pylist([llava("What?", f"{n}.") for n in range(2000)])
+    parquet.write_table(rows, path, row_group_size=1000, compression="zstd")
+    content = path.read_bytes()
+    middle = len(content) // 2
+    changed = {
+        "empty": b"",
+        "text": b"[]",
+        "cut off": content[:middle],
+        "damaged": content[: middle - 500] + bytes(1000) + content[middle + 500 :],
+    }
+    path.write_bytes(changed[broken])
+    with pytest.raises(
+        ValueError, match=r"data.parquet is no whole Parquet file beyond record \d+; it may be cut off"
+    ):
+        read_source(DataSource(path))
 
 
 # ---- labels ----
@@ -379,14 +417,7 @@ def test_a_chat_without_words_or_videos():
     _, processor = wrapped("internvl_qwen2")
     sample = encode_conversation(processor, [{"role": "user", "content": [video()]}, *turns("", "A square.")[1:]])
     assert "question_ids" not in sample and learned(processor, sample) == ["A square.<|im_end|>"]
-    sample = encode_conversation(
-        processor, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
-    )
-    assert set(sample) == {"input_ids", "attention_mask", "labels"}
-    with pytest.raises(ValueError, match="must be the assistant's"):
-        encode_conversation(processor, turns("Hi"))
-    with pytest.raises(ValueError, match="must be 'each' or 'all'"):
-        encode_conversation(processor, turns("Hi", "Ho"), turns="last")
+    assert set(encode_conversation(processor, turns("Hi", "Ho"))) == {"input_ids", "attention_mask", "labels"}
 
 
 def merging_tokenizer():
@@ -666,10 +697,39 @@ def test_a_broken_video_is_read_once(media, tmp_path, monkeypatch):
     _, processor = wrapped("llava")
     data = ChatDataset([DataSource(str(broken_sources(tmp_path, media)))], processor)
     tried = []
-    monkeypatch.setattr(dataset, "read_clip", lambda p, video: tried.append(video.path) or read_clip(p, video))
+    monkeypatch.setattr(dataset, "read_frames", lambda p, v: tried.append(v[0].path) or read_frames(p, v))
     for _ in range(3):
         data[1], data[3]
     assert tried == [str(tmp_path / "broken.mkv"), str(tmp_path / "no frames")]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_media_that_are_refused_are_skipped(cached, media, tmp_path, monkeypatch):
+    """A server that does not answer, a picture too large to open, and a form that the base does not take."""
+    model, processor = frozen("qwen2_vl")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    thin = Image.new("RGB", (600, 2))
+    thin.save(tmp_path / "thin.png")
+    (tmp_path / "huge").mkdir()
+    Image.new("RGB", (100, 100)).save(tmp_path / "huge" / "1.png")
+    records = [
+        llava("What?", "1", video=str(media / "a.mkv")),
+        llava("What?", "2", image="http://127.0.0.1:9/x.png"),
+        llava("What?", "3", video="huge"),
+        llava("What?", "4", image="thin.png"),
+        llava("What?", "5", video=np.stack([np.asarray(thin)] * 3)),
+    ]
+    features = FeatureCache(memory=True) if cached else None
+    conversations = read_records(records, media=tmp_path)
+    data = ChatDataset(conversations, processor, skipped=tmp_path / "skipped.jsonl", features=features)
+    if cached:
+        assert features.fill(model, data, progress=False) == 1
+    assert [learned(processor, data[n])[0][0] for n in range(5)] == ["1"] * 5
+    reasons = {entry["origin"][-1]: entry["reason"] for entry in read_skipped(tmp_path / "skipped.jsonl")}
+    assert reasons["2"] == "http://127.0.0.1:9/x.png cannot be read as an image."
+    assert "1.png', cannot be read as an image" in reasons["3"]
+    assert f"{tmp_path / 'thin.png'} is refused by the base's image processor: " in reasons["4"]
+    assert "a video is refused by the base's image processor: " in reasons["5"]
 
 
 def test_a_whole_folder_that_is_missing(tmp_path, caplog):

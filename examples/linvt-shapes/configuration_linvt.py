@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -155,6 +156,14 @@ class LinVTConfig(PreTrainedConfig):
         """
         times = [time for (time, _, _), _ in self.query_cells()]
         return sorted(range(len(times)), key=times.__getitem__)
+
+
+def check_fields(fields: dict) -> None:
+    """Raises `ValueError`, in one sentence, for values that `LinVTConfig` does not take."""
+    try:
+        LinVTConfig(**fields)
+    except StrictDataclassError as error:  # of two lines, and no ValueError
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def is_hub_id(name: str) -> bool:

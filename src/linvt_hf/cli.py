@@ -184,15 +184,12 @@ def _ask(args) -> None:
 
 def _load(args):
     import torch
-    from transformers import AutoConfig
 
     from linvt_hf import LinVTForConditionalGeneration, LinVTProcessor, VideoQuestionAnsweringPipeline
+    from linvt_hf.conversion.wrap import load_config
     from linvt_hf.training.adapter_files import is_adapter, load_adapter
 
-    try:
-        config = AutoConfig.from_pretrained(args.model)
-    except OSError as error:
-        raise ValueError(f"There is no model at {args.model}, neither here nor on the Hub.") from error
+    config = load_config(args.model)
     if config.model_type != "linvt":
         raise ValueError(
             f"{args.model} is a {config.model_type} model, not a LinVT one; wrap it first: "
@@ -240,12 +237,12 @@ def _train(args) -> None:
 
 def _merge(args) -> None:
     _check_free(args.out)
-    from linvt_hf.training.adapter_files import load_adapter, save_merged
+    from linvt_hf.training import load_adapter, merge
 
     _say(f"loading {args.adapter}")
     model, processor = load_adapter(args.adapter, args.base)
     _say(f"writing {args.out}")
-    save_merged(model, processor, args.adapter, args.out)
+    merge(model).save_pretrained(args.out, processor=processor)
     print(f"{args.out}: {args.adapter} and its base in one model.")
 
 

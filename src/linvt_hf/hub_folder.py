@@ -87,7 +87,7 @@ class HubFolderMixin:
             processor.save_pretrained(folder)
         card = folder / "README.md"
         if not card.exists():
-            card.write_text(model_card(self.config), encoding="utf-8")
+            card.write_text(model_card(self.config, self.training_text), encoding="utf-8")
 
 
 def copy_code(folder: Path) -> None:

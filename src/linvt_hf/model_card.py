@@ -20,7 +20,7 @@ guided by the question. Each is a linear combination of the image-LLM's own toke
 ```python
 from transformers import pipeline
 
-answer = pipeline("video-question-answering", model="{repo}", trust_remote_code=True)
+answer = pipeline("video-question-answering", model="path/to/this/folder", trust_remote_code=True)
 print(answer(video="video.mp4", question="What happens?"))
 ```
 
@@ -45,8 +45,8 @@ UNTRAINED = (
 )
 
 
-def model_card(config, *, repo: str = "path/to/this/folder", training: str = UNTRAINED) -> str:
-    """A card in Markdown with Hub metadata. `repo`: what stands in the example; `training`: how LinVT was trained."""
+def model_card(config, training: str | None) -> str:
+    """A card in Markdown with Hub metadata. `training`: how LinVT was trained, if that is known."""
     base = config.base_config.name_or_path
     named = is_hub_id(base)
     base = base if named else config.base_config.model_type
@@ -54,8 +54,7 @@ def model_card(config, *, repo: str = "path/to/this/folder", training: str = UNT
         base=base,
         base_line=f"base_model: {base}\n" if named else "",
         base_type=config.base_config.model_type,
-        repo=repo,
-        training=training,
+        training=training or "Not recorded.",
         tokens=config.num_video_tokens,
         selected=config.num_selected_tokens,
         bottleneck=config.bottleneck_size,

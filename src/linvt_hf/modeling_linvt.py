@@ -17,6 +17,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from .configuration_linvt import LinVTConfig
 from .hub_folder import HubFolderMixin
 from .image_llm import build_image_llm, features_per_frame, image_llm_of
+from .model_card import UNTRAINED
 from .video_tokenizer import LinearVideoTokenizer, LinVTPreTrainedModel
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class LinVTForConditionalGeneration(HubFolderMixin, LinVTPreTrainedModel, Genera
     input_modalities = ("image", "video", "text")
     # Names of the base's modules that are trained beside the tokenizer; `linvt_hf.training` sets them.
     trained_projector: tuple[str, ...] = ()
+    # How it was trained, in Markdown, for the model card; None where nobody knows.
+    training_text: str | None = None
 
     def __init__(self, config: LinVTConfig, base: PreTrainedModel | None = None):
         super().__init__(config)
@@ -84,6 +87,7 @@ class LinVTForConditionalGeneration(HubFolderMixin, LinVTPreTrainedModel, Genera
         if unknown:
             raise ValueError(f"LinVTConfig has no field {', '.join(unknown)}; see its docstring for those it has.")
         model = cls(LinVTConfig(base_config=base.config, video_token_id=video_token_id, **settings), base=base)
+        model.training_text = UNTRAINED
         model.video_tokenizer.to(device=base.device, dtype=base.dtype)
         model.config.dtype = base.dtype
         model.generation_config = deepcopy(base.generation_config)

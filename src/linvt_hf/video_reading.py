@@ -8,6 +8,7 @@ import contextlib
 import io
 import math
 import os
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ import torch
 
 # In a list, files with these endings are the frames of one video. GIF is not among them: a list of GIFs is several.
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# What Pillow raises for a file that is broken, or says it is so large that reading it would fill the memory.
+BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, PIL.Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +172,7 @@ def _load_image(image: Any, name: str) -> torch.Tensor:
     try:
         with PIL.Image.open(file) as opened:
             return _to_tensor(np.asarray(opened.convert("RGB")))
-    except (OSError, ValueError) as error:  # Pillow's own errors are kinds of these
+    except BROKEN_IMAGE as error:
         raise ValueError(f"{name}, {path}, cannot be read as an image from disk.") from error
 
 
@@ -313,7 +316,7 @@ def _is_webp(file: Any) -> bool:
     try:
         with PIL.Image.open(file, formats=["WEBP"]):
             return True
-    except OSError:  # also a URL
+    except BROKEN_IMAGE:  # also a URL
         return False
 
 

@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -18,9 +19,10 @@ from transformers import (
 # From its module: the name in transformers 5.17 itself asks for torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils.hub import extract_commit_hash
 
-from ..configuration_linvt import LinVTConfig
+from ..configuration_linvt import LinVTConfig, check_fields
 from ..image_llm import OWN_MODELS, ImageLLM, check_loaded, image_llm_of
 from ..modeling_linvt import LinVTForConditionalGeneration
 from ..processing_linvt import VIDEO_TOKEN, LinVTProcessor, chat_template_with_videos
@@ -69,14 +71,15 @@ def wrap(
         num_frames, fps: how videos are sampled by default.
         frame_kwargs: arguments of the base's image processor for frames, beside those LinVT sets for this base; for
             example a smaller `size`, for fewer visual tokens.
-        model_kwargs: for the base's `from_pretrained`, e.g. `{"dtype": "bfloat16", "device_map": "cuda"}`.
+        model_kwargs: for the base's `from_pretrained`, e.g. `{"dtype": "bfloat16", "device_map": "cuda"}`; `revision`
+            is the processor's too, if that comes from the same place.
         settings: fields of `LinVTConfig`.
 
     Returns the model and its processor; `model.save_pretrained(folder, processor=processor)` makes a Hub folder of
     them. Raises `ValueError` for a base that LinVT cannot wrap, `OSError` for one that is not there.
     """
-    if isinstance(processor, LinVTProcessor) or getattr(base, "config", None).__class__ is LinVTConfig:
-        raise ValueError("This is a LinVT model or processor already; wrap the image-LLM and its own processor.")
+    check_fields(settings)
+    revision = None
     if isinstance(base, PreTrainedModel):
         if processor is None:
             raise ValueError(
@@ -84,8 +87,11 @@ def wrap(
             )
         model = base
     else:
-        processor = base if processor is None else processor
-        model = load_image_llm(base, **(model_kwargs or {}))
+        if processor is None:
+            processor, revision = base, (model_kwargs or {}).get("revision")
+        model = load_base(base, **(model_kwargs or {}))
+    if isinstance(model.config, LinVTConfig) or isinstance(processor, LinVTProcessor):
+        raise ValueError("This is a LinVT model or processor already; wrap the image-LLM and its own processor.")
     image_llm = image_llm_of(model.config)
     if not hasattr(model, "get_image_features"):
         raise ValueError(
@@ -93,7 +99,7 @@ def wrap(
             "of AutoModelForImageTextToText."
         )
 
-    image_processor, tokenizer, base_processor, chat_template = _processor_parts(processor, model)
+    image_processor, tokenizer, base_processor, chat_template = _processor_parts(processor, model, revision)
     video_token = _add_video_token(tokenizer, model, image_llm, video_token)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -125,30 +131,42 @@ def wrap(
     )
 
 
-def load_image_llm(path: str | Path, **model_kwargs) -> PreTrainedModel:
-    """An image-LLM from a Hub id or a folder. A missing or unexpected tensor is an error that names it."""
+def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """
+    A model's config, with its commit if it lies on the Hub. Raises `OSError` for one that is not there, `ValueError`
+    for one that needs code of its own.
+    """
     try:
-        config = AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise OSError(f"There is no image-LLM at {path}: {str(error).splitlines()[0]}") from error
-    if config.model_type == LinVTConfig.model_type:
-        raise ValueError(f"{path} is a LinVT model already; wrap the image-LLM it was made from.")
-    model_class = OWN_MODELS.get(config.model_type, AutoModelForImageTextToText)
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        # transformers 5.17 notes it, 5.23 does not.
+        config._commit_hash = extract_commit_hash(cached_file(path, CONFIG_NAME, revision=revision), None)
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"There is no model at {path} that can be loaded: {str(error).splitlines()[0]}") from error
+    return config
+
+
+def load_base(path: str | Path, **model_kwargs) -> PreTrainedModel:
+    """An image-LLM or a LinVT model, from a Hub id or a folder. A tensor too few or too many is an error naming it."""
+    config = load_config(path, model_kwargs.get("revision"))
+    own_models = {**OWN_MODELS, LinVTConfig.model_type: LinVTForConditionalGeneration}
+    model_class = own_models.get(config.model_type, AutoModelForImageTextToText)
     model, info = model_class.from_pretrained(path, output_loading_info=True, **model_kwargs)
     check_loaded(info, path)
+    model.config._commit_hash = config._commit_hash
     return model
 
 
-def _processor_parts(processor, model: PreTrainedModel):
+def _processor_parts(processor, model: PreTrainedModel, revision: str | None = None):
     """Image processor, tokenizer, the base's processor class with its own settings, and chat template."""
     if isinstance(processor, ProcessorMixin):
         image_processor, tokenizer = processor.image_processor, processor.tokenizer
         name, saved, chat_template = type(processor).__name__, processor.to_dict(), processor.chat_template
     else:
         # In parts, because many processors drag in a video processor that cannot exist without torchvision.
-        image_processor = AutoImageProcessor.from_pretrained(processor)
-        tokenizer = AutoTokenizer.from_pretrained(processor)
-        saved, _ = ProcessorMixin.get_processor_dict(processor)
+        image_processor = AutoImageProcessor.from_pretrained(processor, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(processor, revision=revision)
+        saved, _ = ProcessorMixin.get_processor_dict(processor, revision=revision)
         name = saved.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(model.config.model_type)
         chat_template = saved.get("chat_template")
     processor_class = getattr(transformers, name or "", None)
@@ -192,4 +210,4 @@ def _frame_inputs(image_llm: ImageLLM, model: PreTrainedModel, image_processor) 
     return [name for name in image_processor.model_input_names if name != "pixel_values" and name in parameters]
 
 
-__all__ = ["load_image_llm", "wrap"]
+__all__ = ["load_base", "load_config", "wrap"]

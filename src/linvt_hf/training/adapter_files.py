@@ -2,12 +2,12 @@
 Folders of adapters: what training changes, apart from the base it changes.
 
 `save_adapter` writes the video tokenizer, the LoRA and a trained projector with the name of the base; `load_adapter`
-puts them together again; `save_merged` makes one ordinary LinVT model of them. Files of a folder:
+puts them together again. Files of a folder:
 
     linvt.safetensors           the video tokenizer and, if it was trained, the projector, under the model's own names
     adapter_model.safetensors, adapter_config.json    the LoRA as PEFT writes it for the image-LLM alone
-    linvt_adapter.json          which base (on the Hub, or where it lies from this folder), and which of its modules
-                                were trained
+    linvt_adapter.json          which base (on the Hub, or where it lies from this folder), which of its modules were
+                                trained, and whether there is a LoRA
     config.json, generation_config.json, the processor's files, README.md
 """
 
@@ -17,16 +17,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..configuration_linvt import LinVTConfig, is_hub_id
-from ..conversion.wrap import load_image_llm
-from ..model_card import model_card
+from ..conversion.wrap import load_base
 from ..modeling_linvt import LinVTForConditionalGeneration
 from ..processing_linvt import LinVTProcessor
-from .adapters import ADAPTER, add_projector, inject_lora, lora_config, merge
+from .adapters import ADAPTER, add_projector, inject_lora, lora_config
 from .card import adapter_card
 
 ADAPTER_FILE = "linvt_adapter.json"
@@ -38,6 +37,12 @@ _PREFIX = "base_model.model."  # what PEFT puts before the image-LLM's own names
 def is_adapter(folder: str | Path, revision: str | None = None) -> bool:
     """Whether a folder or a repo of the Hub holds adapters rather than a whole model."""
     return _find(folder, ADAPTER_FILE, revision) is not None
+
+
+def saved_parameters(model: LinVTForConditionalGeneration) -> list[nn.Parameter]:
+    """Those a checkpoint holds, whether or not they learn."""
+    modules = [model.get_submodule(prefix) for prefix in ("video_tokenizer", *model.trained_projector)]
+    return [*(value for module in modules for value in module.parameters()), *_lora_parameters(model).values()]
 
 
 def trained_tensors(model: LinVTForConditionalGeneration) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -82,6 +87,9 @@ def save_adapter(
         settings.inference_mode = True
         settings.save_pretrained(folder)
         settings.inference_mode = False
+    else:  # those of an earlier save would be loaded with these
+        for name in (LORA_FILE, LORA_CONFIG):
+            (folder / name).unlink(missing_ok=True)
     config = LinVTConfig.from_dict(model.config.to_dict())
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
     for name in ("auto_map", "custom_pipelines", "use_cache"):  # of a whole model; and the Trainer's own note
@@ -95,21 +103,9 @@ def save_adapter(
             processor.save_pretrained(folder)
         finally:
             del processor._auto_class
-    content = {**base, "projector": list(model.trained_projector), "training": training}
+    content = {**base, "projector": list(model.trained_projector), "lora": bool(lora), "training": training}
     (folder / ADAPTER_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(adapter_card(model.config, base, bool(lora), training), encoding="utf-8")
-
-
-def save_merged(
-    model: LinVTForConditionalGeneration, processor: LinVTProcessor | None, adapter: str | Path, folder: Path
-) -> None:
-    """Merges a model that `load_adapter` gave and writes it as a whole, its card with the adapter's training."""
-    training = json.loads(_need(adapter, ADAPTER_FILE).read_text(encoding="utf-8"))["training"]
-    merge(model)
-    folder.mkdir(parents=True, exist_ok=True)
-    if training:
-        (folder / "README.md").write_text(model_card(model.config, training=training), encoding="utf-8")
-    model.save_pretrained(folder, processor=processor)
 
 
 def load_adapter(
@@ -131,17 +127,21 @@ def load_adapter(
 
     Raises `ValueError` naming each tensor that is missing, unexpected or of another shape.
     """
-    content = json.loads(_need(folder, ADAPTER_FILE, revision).read_text(encoding="utf-8"))
+    content = _content(folder, revision)
     saved = LinVTConfig.from_pretrained(folder, revision=revision)
-    image_llm, origin = _base(base, content, folder, model_kwargs)
+    base = _base(base, content, folder, model_kwargs)
     fields = {name: getattr(saved, name) for name in LinVTConfig.__annotations__ if hasattr(saved, name)}
     for name in ("base_config", "hidden_size"):
         fields.pop(name, None)
-    model = LinVTForConditionalGeneration.from_image_llm(image_llm, **fields)
-    model.name_or_path = origin or ""
+    whole = isinstance(base, LinVTForConditionalGeneration)
+    model = LinVTForConditionalGeneration.from_image_llm(base.base if whole else base, **fields)
+    if whole:  # where its base came from, for adapters that are trained on from here
+        model.name_or_path = base.name_or_path
+        model.config._commit_hash = getattr(base.config, "_commit_hash", None)
+    model.training_text = content["training"]
     model.generation_config = GenerationConfig.from_pretrained(folder, revision=revision)
-    if (file := _find(folder, LORA_CONFIG, revision)) is not None:
-        settings = lora_config().from_pretrained(str(file.parent))
+    if (files := _lora_files(folder, revision)) is not None:
+        settings = lora_config().from_pretrained(str(files[0].parent))
         settings.inference_mode = not trainable
         inject_lora(model, settings)
     if content["projector"]:
@@ -167,8 +167,8 @@ def load_weights(model: LinVTForConditionalGeneration, folder: str | Path, revis
         for prefix in ("video_tokenizer", *model.trained_projector)
         for name, value in model.get_submodule(prefix).state_dict().items()
     }
-    if (file := _find(folder, LORA_FILE, revision)) is not None:
-        found.update(load_file(file))
+    if (files := _lora_files(folder, revision)) is not None:
+        found.update(load_file(files[1]))
     places.update({_lora_key(name): value for name, value in _lora_parameters(model).items()})
     problems = {
         "missing": sorted(places.keys() - found.keys()),
@@ -187,30 +187,25 @@ def load_weights(model: LinVTForConditionalGeneration, folder: str | Path, revis
         place.copy_(tensor)
 
 
-def _base(base, content: dict, folder, model_kwargs: dict) -> tuple[PreTrainedModel, str | None]:
-    """The image-LLM the adapters go on, and the LinVT model it was taken out of, if it was."""
-    if isinstance(base, LinVTForConditionalGeneration):
-        return base.base, base.name_or_path
+def _base(base, content: dict, folder, model_kwargs: dict) -> PreTrainedModel:
+    """The image-LLM the adapters go on, or the LinVT model that holds it."""
     if isinstance(base, PreTrainedModel):
-        return base, None
+        return base
     name = str(base or content["base_model"] or "")
     if not name and content.get("local_base"):
-        name = os.path.normpath(Path(folder) / content["local_base"])
+        name = os.path.normpath(Path(folder).resolve() / content["local_base"])  # as `_origin` saw it
     if not name:
         raise ValueError(f"{folder} does not name its base; pass base= (--base), the image-LLM it was trained on.")
     if base is None and content["revision"]:
         model_kwargs = {"revision": content["revision"], **model_kwargs}
     model_kwargs.setdefault("dtype", "auto")
     try:
-        config = AutoConfig.from_pretrained(name, revision=model_kwargs.get("revision"))
+        return load_base(name, **model_kwargs)
     except OSError as error:
         raise OSError(
-            f"The base of {folder}, {name}, is neither a folder here nor on the Hub; pass base= (--base), where it is "
-            "now."
+            f"The base of {folder}, {name}, cannot be loaded; pass base= (--base), where it is now "
+            f"({str(error).splitlines()[0]})."
         ) from error
-    if config.model_type == LinVTConfig.model_type:
-        return LinVTForConditionalGeneration.from_pretrained(name, **model_kwargs).base, name
-    return load_image_llm(name, **model_kwargs), None
 
 
 def _origin(model: LinVTForConditionalGeneration, folder: Path) -> dict:
@@ -257,6 +252,26 @@ def _find(folder: str | Path, name: str, revision: str | None = None) -> Path | 
     return Path(found) if found else None
 
 
+def _content(folder: str | Path, revision: str | None = None) -> dict:
+    return json.loads(_need(folder, ADAPTER_FILE, revision).read_text(encoding="utf-8"))
+
+
+def _lora_files(folder: str | Path, revision: str | None = None) -> list[Path] | None:
+    """The LoRA's settings and tensors, or None. A file that the Hub does not give looks absent, so the folder says."""
+    said = _content(folder, revision).get("lora")  # None in older folders
+    if said is False:
+        return None
+    files = [_find(folder, name, revision) for name in (LORA_CONFIG, LORA_FILE)]
+    if all(files):
+        return files
+    if said or any(files):
+        raise ValueError(
+            f"{folder} holds adapters with a LoRA, but not both of its files, {LORA_CONFIG} and {LORA_FILE}; copy or "
+            "download the whole folder again."
+        )
+    return None
+
+
 def _need(folder: str | Path, name: str, revision: str | None = None) -> Path:
     found = _find(folder, name, revision)
     if found is None:
@@ -266,4 +281,4 @@ def _need(folder: str | Path, name: str, revision: str | None = None) -> Path:
     return found
 
 
-__all__ = ["is_adapter", "load_adapter", "load_weights", "save_adapter", "save_merged", "trained_tensors"]
+__all__ = ["is_adapter", "load_adapter", "load_weights", "save_adapter", "saved_parameters", "trained_tensors"]

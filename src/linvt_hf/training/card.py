@@ -67,8 +67,9 @@ def training_text(settings: "TrainingSettings", facts: dict[str, str]) -> str:
     values = settings.to_dict()
     for name in ("output", "resume", "workers", "feature_cache", "feature_memory", "log_every", "save_every"):
         values.pop(name)  # of the machine, not of the model
-    if not is_hub_id(values["model"]):
-        values["model"] = None
+    for name in ("model", "base"):
+        if not is_hub_id(values[name] or ""):
+            values[name] = None
     for source in values["data"] + values["eval_data"]:
         source["path"] = Path(source["path"]).name
         source.pop("media", None)

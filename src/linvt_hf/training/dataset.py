@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..processing_linvt import LinVTProcessor
 from .feature_cache import FeatureCache
 from .labels import encode_text
-from .media import SkippedSample, VideoInput, open_image, read_clip
+from .media import SkippedSample, VideoInput, check_image, open_image, read_frames
 from .sources import Conversation, Conversations, DataSource, check_sampling, read_source
 
 logger = logging.get_logger(__name__)
@@ -71,7 +71,7 @@ class ChatDataset(Dataset):
         self.seed = seed
         self._texts: dict[int, BatchFeature] = {}
         self._reported: set[tuple] = set()
-        self._unusable: dict[int, str] = {}  # and why
+        self.unusable: dict[int, str] = {}  # and why
         self._read(sources)
         self.set_epoch(0)
 
@@ -132,13 +132,13 @@ class ChatDataset(Dataset):
     def __getitem__(self, index: int) -> BatchFeature:
         for place in self._instead(range(len(self))[index]):
             sample = int(self._order[place])
-            if sample not in self._unusable:
+            if sample not in self.unusable:
                 try:
                     return self._encode(sample)
                 except SkippedSample as error:
-                    self._unusable[sample] = str(error)
+                    self.unusable[sample] = str(error)
                     self.report(self._conversation(sample)[0].origin, error)
-        first = self._unusable[int(self._order[0])]
+        first = self.unusable[int(self._order[0])]
         raise ValueError(f"None of {len(self)} samples can be used; the first: {first}")
 
     def _instead(self, index: int) -> Iterator[int]:
@@ -180,8 +180,7 @@ class ChatDataset(Dataset):
         if not videos:
             return inputs if not keep else BatchFeature(dict(inputs))
         if self.features is None:
-            clips = [read_clip(self.processor, video) for video in videos]
-            return BatchFeature({**inputs, **self.processor._frames(clips)})
+            return BatchFeature({**inputs, **read_frames(self.processor, videos)})
         return BatchFeature({**inputs, **self.features.inputs(self.processor, videos)})
 
     def _text(self, conversation: Conversation, messages: list[dict]) -> tuple[BatchFeature, bool]:
@@ -198,17 +197,14 @@ class ChatDataset(Dataset):
         try:
             return encode_text(self.processor, opened, turns=self.turns), plain
         except ValueError as error:
+            for image in _shown(messages, "image"):
+                check_image(self.processor, image)  # says so if that is the reason
             raise ValueError(f"{conversation.origin}: {error}") from error
 
     def _videos(self, conversation: Conversation, messages: list[dict]) -> list[VideoInput]:
         own = conversation.num_frames is not None or conversation.fps is not None
         num_frames, fps = (conversation.num_frames, conversation.fps) if own else (self.num_frames, self.fps)
-        return [
-            VideoInput(block["video"], num_frames, fps, conversation.origin)
-            for message in messages
-            for block in message["content"]
-            if block["type"] == "video"
-        ]
+        return [VideoInput(video, num_frames, fps, conversation.origin) for video in _shown(messages, "video")]
 
     def report(self, origin: str, error: SkippedSample) -> None:
         """Writes down, once, what was skipped and why."""
@@ -226,6 +222,10 @@ class ChatDataset(Dataset):
                 os.write(file, (json.dumps(entry) + "\n").encode())
             finally:
                 os.close(file)
+
+
+def _shown(messages: list[dict], kind: str) -> list:
+    return [block[kind] for message in messages for block in message["content"] if block["type"] == kind]
 
 
 def _size(turn: dict) -> int:

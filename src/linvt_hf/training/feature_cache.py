@@ -32,7 +32,7 @@ from transformers import BatchFeature
 from ..image_llm import features_per_frame
 from ..modeling_linvt import FRAME_PREFIX, LinVTForConditionalGeneration
 from ..processing_linvt import LinVTProcessor, _cat_padded
-from .media import SkippedSample, VideoInput, read_clip
+from .media import SkippedSample, VideoInput, read_frames
 
 if TYPE_CHECKING:
     from .dataset import ChatDataset
@@ -82,7 +82,6 @@ class FeatureCache:
         Raises `ValueError` if the vision encoder or the projector is to be trained.
         """
         check_frozen(model)
-        model = getattr(model, "get_base_model", lambda: model)()  # without PEFT around it
         self.fingerprint = fingerprint(model, dataset.processor)
         missing: dict[str, VideoInput] = {}
         for video in dataset.videos():
@@ -126,7 +125,7 @@ class FeatureCache:
         for video in videos:
             entry = self._load(self._key(processor, video))
             if entry is None:
-                read_clip(processor, video)  # says so if that is the reason
+                read_frames(processor, [video])  # says so if that is the reason
                 raise ValueError(
                     f"{video.origin}: the feature cache holds nothing for {video.path or 'its video'}, which is new "
                     "or has changed since the cache was filled; fill it again."
@@ -212,7 +211,6 @@ class FeatureCache:
 
 def check_frozen(model) -> None:
     """Raises `ValueError` if something that the visual features depend on is to be trained."""
-    model = getattr(model, "get_base_model", lambda: model)()
     trained = [name for name, value in _vision(model) if getattr(value, "requires_grad", False)]
     if trained:
         raise ValueError(
@@ -280,7 +278,7 @@ class _Reader(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor] | SkippedSample:
         try:
-            return self.processor._frames([read_clip(self.processor, self.videos[index])])
+            return read_frames(self.processor, [self.videos[index]])
         except SkippedSample as error:
             return error
 

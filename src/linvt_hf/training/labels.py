@@ -21,20 +21,12 @@ IGNORED = -100
 _PER_TOKEN = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
 
 
-def encode_conversation(
-    processor: LinVTProcessor,
-    messages: list[dict],
-    *,
-    num_frames: int | None = None,
-    fps: float | None = None,
-    turns: str = "each",
-) -> BatchFeature:
+def encode_text(processor: LinVTProcessor, messages: list[dict], turns: str = "each") -> BatchFeature:
     """
-    One sample with labels.
+    One sample with labels, but for what comes from the frames of its videos.
 
     Args:
-        messages: turns whose last is the answer to learn.
-        num_frames, fps: instead of the processor's defaults.
+        messages: turns whose content is blocks and whose last is the answer to learn.
         turns: "each" learns the last answer and conditions the videos on the newest question, as inference does with
             this prompt. "all" learns every answer of the conversation and conditions on all its questions, never on
             answers.
@@ -43,21 +35,6 @@ def encode_conversation(
 
     Raises `ValueError` where a chat template writes an answer otherwise than it is given.
     """
-    if turns not in ("each", "all"):
-        raise ValueError(f"turns is {turns!r}; it must be 'each' or 'all'.")
-    if not messages or messages[-1]["role"] != "assistant":
-        raise ValueError("The last turn of a conversation that is learned must be the assistant's.")
-    messages = [{**m, "content": _as_blocks(m["content"])} for m in messages]
-    inputs = encode_text(processor, messages, turns=turns)
-    videos = [block["video"] for message in messages for block in message["content"] if block["type"] == "video"]
-    if videos:
-        clips = [processor._read(video, num_frames, fps, True) for video in videos]
-        inputs.update(processor._frames(clips))
-    return inputs
-
-
-def encode_text(processor: LinVTProcessor, messages: list[dict], turns: str = "each") -> BatchFeature:
-    """`encode_conversation` without what comes from the frames of videos."""
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     prompt = messages[: answers[-1]]
     text = _render(processor, prompt, answer_next=True)
@@ -109,10 +86,6 @@ def _render(processor: LinVTProcessor, messages: list[dict], answer_next: bool) 
         for message in messages
     ]
     return processor.apply_chat_template(bare, add_generation_prompt=answer_next, tokenize=False)
-
-
-def _as_blocks(content: str | list[dict]) -> list[dict]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _question(prompt: list[dict], turns: str) -> str:
@@ -200,4 +173,4 @@ def _append(inputs: BatchFeature, answer: list[int], first_answer: int, token_ty
         inputs["token_type_ids"][:, first_answer:] = token_type  # what is learned must not be read from behind
 
 
-__all__ = ["IGNORED", "encode_conversation", "encode_text"]
+__all__ = ["IGNORED", "encode_text"]

@@ -2,20 +2,19 @@
 
 import os
 import re
-import struct
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
+from torch import Tensor
 from transformers.image_utils import load_image
 
 from ..processing_linvt import LinVTProcessor, _has_times
-from ..video_reading import IMAGE_SUFFIXES, Clip
+from ..video_reading import BROKEN_IMAGE, IMAGE_SUFFIXES, Clip
 
-# What readers of images raise for a broken file.
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, PIL.Image.DecompressionBombError)
+TIMEOUT = 60  # seconds that a server may take over an image
 
 
 class SkippedSample(Exception):
@@ -41,10 +40,10 @@ class VideoInput:
 
     @property
     def path(self) -> str | None:
-        return str(self.video) if isinstance(self.video, (str, Path)) else None
+        return _path(self.video)
 
 
-def read_clip(processor: LinVTProcessor, source: VideoInput) -> Clip:
+def _read_clip(processor: LinVTProcessor, source: VideoInput) -> Clip:
     """
     A video's sampled frames. Frames that have no times, in a folder or a list, are sampled by number whatever `fps`
     is. Raises `SkippedSample` if the video cannot be read.
@@ -58,15 +57,43 @@ def read_clip(processor: LinVTProcessor, source: VideoInput) -> Clip:
         raise SkippedSample(str(error), source.path) from error
 
 
+def read_frames(processor: LinVTProcessor, videos: list[VideoInput]) -> dict[str, Tensor]:
+    """
+    What the processor makes of videos' frames. Raises `SkippedSample` if one cannot be read, or if the base's image
+    processor refuses its frames.
+    """
+    clips = [_read_clip(processor, video) for video in videos]
+    try:
+        return processor._frames(clips)
+    except ValueError as error:
+        path = videos[0].path if len(videos) == 1 else None
+        raise SkippedSample(f"{path or 'a video'} is refused by the base's image processor: {error}", path) from error
+
+
 def open_image(image: Any) -> Any:
-    """A picture from a path or a file's bytes; others stay. Raises `SkippedSample` if it cannot be read."""
+    """A picture from a path, a URL or a file's bytes; others stay. Raises `SkippedSample` if it cannot be read."""
     if not isinstance(image, (str, Path, bytes)):
         return image
+    path = _path(image)
     try:
-        return load_image(PIL.Image.open(BytesIO(image)) if isinstance(image, bytes) else str(image))
-    except _BROKEN as error:
-        path = None if isinstance(image, bytes) else str(image)
+        return load_image(PIL.Image.open(BytesIO(image)) if path is None else path, timeout=TIMEOUT)
+    except Exception as error:
+        if not isinstance(error, BROKEN_IMAGE) and "://" not in (path or ""):  # a URL's client has errors of its own
+            raise
         raise SkippedSample(f"{path or 'an image'} cannot be read as an image.", path) from error
+
+
+def check_image(processor: LinVTProcessor, image: Any) -> None:
+    """Raises `SkippedSample` if the base's image processor refuses a picture."""
+    try:
+        processor.image_processor([[open_image(image)]], return_tensors="pt")
+    except ValueError as error:
+        path = _path(image)
+        raise SkippedSample(f"{path or 'an image'} is refused by the base's image processor: {error}", path) from error
+
+
+def _path(source: Any) -> str | None:
+    return str(source) if isinstance(source, (str, Path)) else None
 
 
 def _frames_of(folder: str | Path) -> list[str]:
@@ -78,4 +105,4 @@ def _frames_of(folder: str | Path) -> list[str]:
     return [os.path.join(folder, name) for name in names]
 
 
-__all__ = ["SkippedSample", "VideoInput", "open_image", "read_clip"]
+__all__ = ["SkippedSample", "VideoInput", "check_image", "open_image", "read_frames"]

@@ -1,9 +1,8 @@
 """The model of a run: where it comes from, what of it learns, and how it is left behind."""
 
 from torch import nn
-from transformers import AutoConfig
 
-from ..conversion import wrap
+from ..conversion.wrap import load_base, load_config, wrap
 from ..modeling_linvt import LinVTForConditionalGeneration
 from ..processing_linvt import LinVTProcessor
 from .adapter_files import is_adapter, load_adapter
@@ -24,18 +23,20 @@ def load_model(settings: TrainingSettings, autocast: bool) -> tuple[LinVTForCond
     if settings.revision is not None:
         model_kwargs["revision"] = settings.revision
     if adapter := is_adapter(name, settings.revision):
-        model, processor = load_adapter(name, trainable=True, **model_kwargs)
+        model, processor = load_adapter(name, settings.base, trainable=True, **model_kwargs)
+    elif settings.base is not None:
+        raise SettingsError(f"{name} holds no adapters, so there is no base to name; take base out.")
     else:
         try:
-            kind = AutoConfig.from_pretrained(name, revision=settings.revision).model_type
-        except OSError as error:
-            raise SettingsError(f"There is no model at {name}, neither here nor on the Hub.") from error
+            kind = load_config(name, settings.revision).model_type
+        except (OSError, ValueError) as error:
+            raise SettingsError(str(error)) from error
         if kind != "linvt":
             sampling = {"fps": settings.fps}
             if settings.num_frames is not None:
                 sampling["num_frames"] = settings.num_frames
             return wrap(name, model_kwargs=model_kwargs, **sampling, **settings.linvt)
-        model = LinVTForConditionalGeneration.from_pretrained(name, **model_kwargs)
+        model = load_base(name, **model_kwargs)
         processor = LinVTProcessor.from_pretrained(name, revision=settings.revision)
     if settings.linvt:
         kind = "adapters" if adapter else "a LinVT model"
@@ -43,9 +44,11 @@ def load_model(settings: TrainingSettings, autocast: bool) -> tuple[LinVTForCond
     if processor is None:
         raise SettingsError(f"{name} holds no processor; save it there with processor.save_pretrained.")
     processor.answer_token_type = model.image_llm.answer_token_type  # older folders do not say it
-    # What is trained on so many frames is asked with so many.
-    if settings.num_frames is not None or settings.fps is not None:
-        processor.num_frames, processor.fps = settings.num_frames, settings.fps
+    # What is trained on so many frames is asked with so many; a number without a rate is read without one.
+    if settings.num_frames is not None:
+        processor.num_frames, processor.fps = settings.num_frames, None
+    if settings.fps is not None:
+        processor.fps = settings.fps
     return model, processor
 
 
@@ -66,7 +69,7 @@ def prepare(model: LinVTForConditionalGeneration, settings: TrainingSettings) ->
                 )
     if settings.train_projector and not model.trained_projector:
         add_projector(model)
-    _still(model.base)
+    _still(model.base, 0.0 if lora is None else lora.dropout)
     model.requires_grad_(False)
     learned = [] if settings.freeze_linvt else [model.video_tokenizer]
     learned += [model.get_submodule(name) for name in model.trained_projector if settings.train_projector]
@@ -84,11 +87,11 @@ def prepare(model: LinVTForConditionalGeneration, settings: TrainingSettings) ->
         model.disable_input_require_grads()
 
 
-def _still(base: nn.Module) -> None:
-    """The frozen base's own dropout is off: it learns nothing, and LinVT should see what it will see later."""
+def _still(base: nn.Module, lora_dropout: float) -> None:
+    """What is frozen drops nothing out: it learns nothing, and LinVT should see what it will see later."""
     for name, module in base.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
-            module.p = 0.0
+        if isinstance(module, nn.Dropout):
+            module.p = lora_dropout if "lora_dropout" in name else 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
 

@@ -17,9 +17,11 @@ import torch
 import yaml
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import CONFIG_NAME
 
 from ..modeling_linvt import LinVTForConditionalGeneration
 from ..processing_linvt import LinVTProcessor
+from .adapter_files import is_adapter
 from .dataset import ChatDataset, read_skipped
 from .feature_cache import FeatureCache
 from .preparation import count_parameters, finish, load_model, prepare
@@ -28,7 +30,10 @@ from .trainer import LinVTTrainer, Report, last_checkpoint
 
 SETTINGS_FILE, SKIPPED_FILE = "settings.yaml", "skipped.jsonl"
 # What may differ when a run is taken up again: it changes how the run goes, not what it learns.
-_FREE = ("output", "resume", "workers", "log_every", "eval_every", "save_every", "feature_cache", "feature_memory")
+_FREE = (
+    *("output", "resume", "base", "workers", "log_every", "eval_every", "save_every"),
+    *("feature_cache", "feature_memory"),
+)
 
 
 @dataclass
@@ -88,6 +93,8 @@ def train(
     """
     _check_packages(settings)
     if model is not None:
+        if processor is None:
+            raise SettingsError("A model is given without its processor; pass train(..., processor=processor) too.")
         settings = dataclasses.replace(settings, model=settings.model or model.name_or_path or type(model).__name__)
     settings.check()
     if data is None and not settings.data:
@@ -108,7 +115,7 @@ def train(
 
     skipped = folder / SKIPPED_FILE
     features = None
-    if settings.feature_cache is not None:
+    if settings.feature_cache is not None or settings.feature_memory:
         features = FeatureCache(settings.feature_cache, memory=settings.feature_memory)
     if data is None:
         say("reading and checking the data")
@@ -132,7 +139,8 @@ def train(
         callbacks=[report, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
-    if settings.feature_cache is not None:
+    trainer.accelerator.wait_for_everyone()  # from here on any process may report what it skips
+    if features is not None:
         say("computing visual features that are not there yet")
         _fill_features(trainer, [data, eval_data])
     say(count_parameters(model))
@@ -205,13 +213,18 @@ def _arguments(settings: TrainingSettings, evaluates: bool) -> TrainingArguments
 def _autocast(settings: TrainingSettings, args: TrainingArguments) -> bool:
     if settings.bf16 is not None:
         return settings.bf16
-    return args.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return args.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _earlier_run(settings: TrainingSettings, folder: Path) -> Path | None:
-    """The checkpoint to go on from. Raises if the folder holds a run that this one cannot go on with."""
+    """The checkpoint to go on from. Raises if the folder holds what this run cannot go on with and would overwrite."""
+    if folder.resolve() == Path(settings.model).resolve():
+        raise SettingsError(f"{folder} is the model's own folder; choose another output.")
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
+        if (folder / CONFIG_NAME).exists():
+            held = "finished adapters" if is_adapter(folder) else "a whole model"
+            raise SettingsError(f"{folder} holds {held}; choose another output.")
         return None
     if not settings.resume:
         raise SettingsError(f"{folder} holds a run already and resume is off; choose another output.")
@@ -250,7 +263,8 @@ def _fill_features(trainer: LinVTTrainer, datasets: list) -> None:
     with trainer.compute_loss_context_manager():
         for dataset in datasets:
             if getattr(dataset, "features", None) is not None:
-                share = (rank, trainer.args.world_size)
+                # What is in memory alone no other process sees.
+                share = (0, 1) if dataset.features.folder is None else (rank, trainer.args.world_size)
                 dataset.features.fill(model, dataset, workers=workers, progress=rank == 0, share=share)
     trainer.accelerator.wait_for_everyone()
     if not trainer.place_model_on_device:  # it will be, in parts

@@ -64,6 +64,8 @@ class MediaFinder:
             value = value.get("path")
         if isinstance(value, (list, tuple)):
             return [self(item, "frame", origin) for item in value]
+        if value is None or isinstance(value, (int, float)):
+            raise ValueError(f"{origin}: gives {value!r} as its {kind}, which is no path.")
         if not isinstance(value, (str, Path)):
             return value
         if not str(value):
@@ -119,12 +121,12 @@ def _turns(record: dict, origin: str) -> list[tuple[str, Any]]:
     if layout == "QA":
         turns = []
         for pair in items:
-            asked = [pair.get("q")] if turns else [pair.get("i"), pair.get("q")]
-            turns.append(("user", "\n".join(str(text).strip() for text in asked if text)))
-            turns.append(("assistant", str(pair.get("a") or "").strip()))
+            asked = [_words(pair.get(key), "user", origin).strip() for key in (("q",) if turns else ("i", "q"))]
+            turns.append(("user", "\n".join(text for text in asked if text)))
+            turns.append(("assistant", _words(pair.get("a"), "assistant", origin).strip()))
     else:
         names = ("from", "value") if any("from" in item for item in items) else ("role", "content")
-        turns = [(_role(item.get(names[0]), origin), item.get(names[1]) or "") for item in items]
+        turns = [(_role(item.get(names[0]), origin), item.get(names[1])) for item in items]
         if layout == "conversations":
             turns = [(role, text.strip() if isinstance(text, str) else text) for role, text in turns]
     system = record.get("system_prompt") or record.get("system")
@@ -132,9 +134,17 @@ def _turns(record: dict, origin: str) -> list[tuple[str, Any]]:
 
 
 def _role(role: Any, origin: str) -> str:
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{origin}: a turn is by {role!r}, and known are {', '.join(ROLES)}.")
     return ROLES[role]
+
+
+def _words(said: Any, role: str, origin: str) -> str:
+    if said is None:
+        return ""
+    if not isinstance(said, str):
+        raise ValueError(f"{origin}: a turn of the {role} says {said!r}, which is no text.")
+    return said
 
 
 def _given(record: dict, kind: str) -> list:
@@ -151,16 +161,14 @@ def _given(record: dict, kind: str) -> list:
 
 def _blocks(content: Any, role: str, origin: str) -> list[dict]:
     """Content as blocks; a video or image that is still to be placed has None for what it shows."""
-    if isinstance(content, str):
-        return _split_text(content)
     if not isinstance(content, (list, tuple)):
-        raise ValueError(f"{origin}: a turn of the {role} says {content!r}, which is no text.")
+        return _split_text(_words(content, role, origin))
     blocks = []
     for block in content:
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "text":
-            if block.get("text"):
-                blocks.append({"type": "text", "text": block["text"]})
+            if words := _words(block.get("text"), role, origin):
+                blocks.append({"type": "text", "text": words})
         elif kind in _MEDIA_KEYS:
             if block.get("video_start") is not None or block.get("video_end") is not None:
                 raise ValueError(f"{origin}: asks for a part of a video, and only whole videos are read; cut it.")

@@ -6,6 +6,7 @@ A mistake in a recipe is one sentence with its file and line, and with the neare
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ..configuration_linvt import LinVTConfig
+from ..configuration_linvt import LinVTConfig, check_fields
 from .sources import DataSource
 
 PRESETS = Path(__file__).parent / "presets"
@@ -52,7 +53,8 @@ class TrainingSettings:
     Everything a run is made of. Each default names its source: "paper", "authors' code" (development runs), or "ours".
 
     `model` is an image-LLM (wrapped on the way), a LinVT model, or the adapters of an earlier stage: a Hub id or a
-    folder. Paths are relative to where the command runs. Rates of None are `learning_rate`.
+    folder. Paths are relative to where the command runs. Rates of None are `learning_rate`. Paths alone will do as
+    `data` and `eval_data`.
     """
 
     model: str = ""
@@ -60,6 +62,7 @@ class TrainingSettings:
     data: list[DataSource] = field(default_factory=list)
     eval_data: list[DataSource] = field(default_factory=list)
     revision: str | None = None  # of `model` on the Hub
+    base: str | None = None  # of adapters that `model` names, if it is not where they say
     linvt: dict = field(default_factory=dict)  # fields of LinVTConfig for an image-LLM that is wrapped here
 
     # What is learned
@@ -88,7 +91,7 @@ class TrainingSettings:
     turns: Literal["each", "all"] = "each"  # ours; samples of a conversation with several answers, see ChatDataset
     workers: int = 2  # ours; processes that read videos
     feature_cache: str | None = None  # folder for the frozen encoder's features, filled before training
-    feature_memory: bool = False  # keep them in memory too; for data that fits there
+    feature_memory: bool = False  # keep them in memory too, or, without a folder, there alone; for data that fits
 
     # How it runs
     # Of the frozen base. "auto": bfloat16 under bf16, in whatever it is stored, else float32
@@ -99,6 +102,15 @@ class TrainingSettings:
     eval_every: int = 500  # steps
     save_every: int = 500  # steps
     resume: bool = True  # go on from the output folder's last checkpoint, if it has one
+
+    def __post_init__(self):
+        for name in ("model", "output", "base", "feature_cache"):
+            if getattr(self, name) is not None:
+                setattr(self, name, os.fspath(getattr(self, name)))
+        for name in ("data", "eval_data"):
+            given = getattr(self, name)
+            sources = given if isinstance(given, (list, tuple)) else [given]
+            setattr(self, name, [s if isinstance(s, DataSource) else DataSource(s) for s in sources])
 
     def check(self, places: dict[str, str] | None = None) -> None:
         """Raises `SettingsError` for a value out of range; `places` says where each key was set."""
@@ -128,6 +140,11 @@ class TrainingSettings:
         for name in self.linvt:
             if name not in LinVTConfig.__dataclass_fields__:
                 fail(f"linvt.{name}", f"is no field of LinVTConfig; {_nearest(name, LinVTConfig.__annotations__)}")
+        try:
+            check_fields(self.linvt)
+        except ValueError as error:
+            wrong = next((f"linvt.{name}" for name in self.linvt if name in str(error)), "linvt")
+            fail(wrong, f"does not fit: {error}")
         if self.freeze_linvt and not self.train_projector and self.lora is None:
             fail("freeze_linvt", "leaves nothing to learn; add lora: or train_projector: true, or take it out.")
 
@@ -301,7 +318,7 @@ def _convert(node: _Node, hint, name: str, places: dict[str, str]):
     if dataclasses.is_dataclass(hint):
         return _build(node, hint, name, places)
     if origin is list:
-        nodes = value if isinstance(value, list) else [node]  # one entry needs no brackets
+        nodes = value if isinstance(value, list) else [] if value is None else [node]  # one entry needs no brackets
         (item,) = typing.get_args(hint)
         return [_convert(child, item, f"{name}[{index}]", places) for index, child in enumerate(nodes)]
     if origin is Literal:

@@ -7,6 +7,7 @@ made.
 """
 
 import json
+import os
 import pickle
 import re
 from array import array
@@ -42,6 +43,8 @@ class DataSource:
     check_media: bool = True
 
     def __post_init__(self):
+        self.path = os.fspath(self.path)
+        self.media = None if self.media is None else os.fspath(self.media)
         if not self.weight > 0:
             raise ValueError(f"{self.path}: weight is {self.weight}; it must be above 0, or leave the source out.")
         check_sampling(self.num_frames, self.fps, f"{self.path}: ")
@@ -148,9 +151,19 @@ def check_sampling(num_frames: int | None, fps: float | None, where: str = "") -
 # ---- files to records, each with where it stands ----
 
 
+def _decoded(content: bytes, path: Path, line: int = 1) -> str:
+    """The text of a file, or of its part that begins in `line`."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line += error.object.count(b"\n", 0, error.start)
+        raise ValueError(f"{path}:{line}: this is not UTF-8; save the file in that encoding.") from error
+
+
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
+    with path.open("rb") as file:
+        for number, content in enumerate(file, 1):
+            line = _decoded(content, path, number)
             if line.strip():
                 try:
                     yield f"{path}:{number}", json.loads(line)
@@ -160,7 +173,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _json_file(path: Path) -> Iterator[tuple[str, Any]]:
     """A list of records, or, as some files with this ending are, one record a line."""
-    text = path.read_text(encoding="utf-8-sig")
+    text = _decoded(path.read_bytes(), path)
     space, decoder = re.compile(r"\s*"), json.JSONDecoder()
     place = space.match(text).end()
     if place == len(text):
@@ -185,18 +198,26 @@ def _json_file(path: Path) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{path}:{line}: a comma or ] should follow record {number}; the file may be cut off.")
     if place == len(text):
         raise ValueError(f"{path} ends after record {number} without a ]; the file may be cut off.")
+    place = space.match(text, place + 1).end()
+    if place < len(text):
+        line = text.count("\n", 0, place) + 1
+        raise ValueError(f"{path}:{line}: more follows the list of {number} records; make one list of all.")
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
+        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise ImportError(f"{path} needs pyarrow to be read: pip install 'linvt_hf[train]'.") from error
     number = 0
-    for batch in ParquetFile(path).iter_batches(batch_size=1000):
-        for record in batch.to_pylist():
-            number += 1
-            yield f"{path}: record {number}", record
+    try:
+        for batch in ParquetFile(path).iter_batches(batch_size=1000):
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{path}: record {number}", record
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no whole Parquet file beyond record {number}; it may be cut off.") from error
 
 
 def _saved_dataset(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:

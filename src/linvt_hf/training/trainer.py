@@ -22,7 +22,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .adapter_files import load_weights, save_adapter, trained_tensors
+from .adapter_files import load_weights, save_adapter, saved_parameters, trained_tensors
 from .adapters import language_model_blocks, part_of
 from .card import training_text
 from .labels import IGNORED
@@ -96,9 +96,9 @@ class LinVTTrainer(Trainer):
     # ---- evaluation ----
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self._evaluated = [0.0, 0]
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss, tokens = self.accelerator.reduce(self._evaluated, reduction="sum").tolist()
+        loss, tokens = self._sums(*self._evaluated)
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1)
         return output
 
@@ -111,7 +111,7 @@ class LinVTTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             total = model(**inputs, use_cache=False, num_items_in_batch=1).loss  # the sum, not the mean
         tokens = (labels[:, 1:] != IGNORED).sum()
-        self._evaluated += torch.stack([total.double(), tokens.double()])
+        self._evaluated = [self._evaluated[0] + float(total), self._evaluated[1] + int(tokens)]
         return total / tokens.clamp(min=1), None, None
 
     # ---- what is reported ----
@@ -119,17 +119,27 @@ class LinVTTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             now = time.perf_counter()
-            counts = torch.tensor([self.samples, float(self.tokens)], dtype=torch.float64, device=self.args.device)
-            if self.args.world_size > 1:
-                counts = self.accelerator.reduce(counts, reduction="sum")
-            samples, tokens = (counts / max(now - self.since, 1e-9)).tolist()
-            logs["samples_per_second"], logs["tokens_per_second"] = samples, tokens
+            samples, tokens = self._sums(self.samples, int(self.tokens))
+            seconds = max(now - self.since, 1e-9)
+            logs["samples_per_second"], logs["tokens_per_second"] = samples / seconds, tokens / seconds
             groups = self.optimizer.param_groups  # the schedule scales them all alike
             for group in groups:
                 share = group["initial_lr"] / groups[0]["initial_lr"]
                 logs[f"learning_rate/{group['name'].split('/')[0]}"] = logs["learning_rate"] * share
             self.samples, self.tokens, self.since = 0, 0, now
         super().log(logs, start_time)
+
+    def _sums(self, *counts: float) -> list[float]:
+        """Over all processes; in one, without its device, which may have no float64."""
+        if self.args.world_size == 1:
+            return list(counts)
+        counts = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
+        return self.accelerator.reduce(counts, reduction="sum").tolist()
+
+    def train(self, *args, **kwargs):
+        self.since = time.perf_counter()  # features may have been computed since this trainer was made
+        self.model.training_text = None  # until something is saved
+        return super().train(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
         before = time.perf_counter()
@@ -146,12 +156,13 @@ class LinVTTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Every process must call this: sharded parameters are gathered."""
+        model = self._unwrapped()
         with self._gathered():
-            tensors = trained_tensors(self._unwrapped())
+            tensors = trained_tensors(model)
+        model.training_text = training_text(self.settings, self._facts())
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
-            text = training_text(self.settings, self._facts())
-            save_adapter(self._unwrapped(), folder, self.processor, tensors=tensors, training=text)
+            save_adapter(model, folder, self.processor, tensors=tensors, training=model.training_text)
 
     def _facts(self) -> dict[str, str]:
         """The run so far, for the model card."""
@@ -195,8 +206,7 @@ class LinVTTrainer(Trainer):
         else:
             import deepspeed
 
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            with deepspeed.zero.GatheredParameters(trained):
+            with deepspeed.zero.GatheredParameters(saved_parameters(self._unwrapped())):
                 yield
 
     # ---- several processes ----
