@@ -19,7 +19,7 @@ $(VENV)/installed: setup.cfg constraints.txt
 
 install: $(VENV)/installed  ## virtual environment with the pinned versions
 
-demo: install  ## write a short video, make a model folder, ask it a question in a process without this package
+demo: install  ## ask the small model three questions of its video, in a process without this package
 	$(RUN) examples/demo.py
 
 test: install  ## the tests, on CPU
@@ -28,12 +28,14 @@ test: install  ## the tests, on CPU
 shapes: install  ## train a small model from nothing on generated videos, into build/shapes/model
 	$(RUN) -m linvt_hf.shapes data build/shapes/data
 	$(RUN) -m linvt_hf.shapes image-llm build/shapes/image-llm
+	rm -rf build/shapes/stage1 build/shapes/stage2 build/shapes/model
 	$(VENV)/bin/linvt train shapes/stage1
 	$(VENV)/bin/linvt train shapes/stage2
 	$(VENV)/bin/linvt merge build/shapes/stage2 build/shapes/model
 
-shapes-results: install  ## after it: train and compare LinVT and simpler ways from three seeds, for hours; print the tables
-	$(RUN) -m linvt_hf.shapes results build/shapes/results
+shapes-results: install  ## train and compare LinVT and simpler ways from three seeds, for many hours; print the tables
+	test -e build/shapes/data/video-train.jsonl || $(RUN) -m linvt_hf.shapes data build/shapes/data
+	$(RUN) -m linvt_hf.shapes results benchmarks/shapes model=examples/shapes-image-llm
 
 ship: install  ## examples/linvt-shapes with the code as it is now; MODEL=build/shapes/model puts that model there
 	$(RUN) -m linvt_hf.shapes ship examples/linvt-shapes $(if $(MODEL),--model $(MODEL))

@@ -1,7 +1,9 @@
 """The world of moving shapes: what is asked about it can be seen in its pixels, and its splits share nothing."""
 
 import json
+import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -23,6 +25,10 @@ def scenes(kind: str, split: str = "train", count: int = 40):
 def colour_mask(frame: np.ndarray, colour: str) -> np.ndarray:
     """Where a frame has a colour, up to its smooth edges."""
     return np.abs(frame.astype(int) - np.array(COLOURS[colour])).max(axis=-1) < 12
+
+
+def without(scene, thing):
+    return replace(scene, things=tuple(other for other in scene.things if other != thing))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,9 +120,9 @@ def test_answers_about_time_agree_with_the_frames():
                 continue
             assert question.answer in question.options
             if question.kind == "colour in time":
-                shape = next(word for word in question.text.rstrip("?").split() if word.strip(",") in by_shape)
-                thing = by_shape[shape.strip(",")]
-                frame = thing.appears if "start" in question.text else thing.leaves - 1
+                thing = next(by_shape[word] for word in re.findall(r"\w+", question.text) if word in by_shape)
+                frame = 0 if "start" in question.text else SHORT - 1
+                assert thing.is_there(frame) and thing.colour_at(frame) == question.answer
                 assert colour_mask(frames[frame], question.answer).any()
             elif question.kind == "flash colour":
                 there = [colour_mask(frame, question.answer).any() for frame in frames]
@@ -183,6 +189,12 @@ def test_written_files_hold_the_scene(tmp_path, kind, count):
         assert clip.frames.shape == (LONG if kind == "long" else SHORT, 64, 64, 3)
         difference = np.abs(clip.frames.numpy().astype(int) - draw_video(scene))
         assert difference.mean() < 4  # H.264 keeps colour at half the resolution
+        for thing in scene.things:  # and the whole of what is there for a moment only
+            if thing.is_brief:
+                shown = draw_video(scene).astype(int) - draw_video(without(scene, thing))
+                inside = np.abs(shown).max(axis=-1) > 60  # [T, H, W]
+                assert inside.any(axis=(1, 2)).nonzero()[0].tolist() == list(range(thing.appears, thing.leaves))
+                assert difference[inside].mean() < 20 < np.abs(shown[inside]).mean() / 2
 
 
 def test_for_training_everything_is_asked_and_else_one_question_of_each_kind(tmp_path):

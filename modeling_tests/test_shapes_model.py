@@ -1,5 +1,6 @@
 """The small image-LLM of `shapes`: how its training data is made, and that it learns."""
 
+import itertools
 import math
 from random import Random
 
@@ -50,9 +51,11 @@ def test_a_sample_learns_answers_only(tokenizer):
         assert sample.contents.shape[:2] == (len(sample.pixels), image_llm.SIDE**2)
 
 
-def test_a_question_sees_the_pictures_and_itself_only(tokenizer):
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_question_sees_the_pictures_and_itself_only(tokenizer, attention):
     """Several questions in one prompt get the logits that each gets alone."""
     model = image_llm.build_image_llm(tokenizer).eval()
+    model.set_attn_implementation(attention)
     scene = make_scene("image", "train", 1)
     questions = ask(scene, Random(1))
 
@@ -61,11 +64,39 @@ def test_a_question_sees_the_pictures_and_itself_only(tokenizer):
         image_llm.ask_about(sample, asked, tokenizer)
         inputs, _ = image_llm.collate([sample], model)
         learned = torch.tensor(sample.labels) >= 0
-        return model(**inputs).logits[0, learned]
+        return model(**inputs).logits[0, : len(learned)][learned]
 
     with torch.no_grad():
         together, apart = logits(questions), torch.cat([logits([question]) for question in questions])
     torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
+
+
+def test_answers_are_counted_where_they_stand(tokenizer):
+    """A model that says the same after everything is right exactly where that is the answer."""
+
+    class Parrot(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.config, self.get_input_embeddings = model.config, model.get_input_embeddings
+            self.get_image_features = model.get_image_features
+
+        def forward(self, inputs_embeds, **_):
+            ids = torch.tensor(tokenizer("yes<|im_end|>")["input_ids"])
+            logits = torch.zeros(1, inputs_embeds.shape[1], image_llm.VOCABULARY)
+            said = (inputs_embeds[0] == self.get_input_embeddings().weight[ids[0]]).all(dim=-1)
+            logits[0, torch.arange(len(said)), torch.where(said, ids[1], ids[0])] = 1.0
+            return type("Output", (), {"logits": logits})
+
+    scores = image_llm.evaluate(Parrot(image_llm.build_image_llm(tokenizer).eval()), tokenizer, scenes=20)
+    answers = []
+    for number in range(20):
+        random = Random(number)
+        scene = make_scene("image", "validation", number)
+        pictures = image_llm.album(scene, random)
+        ask(scene, random)
+        answers += [q.answer for q in ask_about_pictures(pictures, random) if q.kind == "same place"]
+    assert scores["same place"] == round(answers.count("yes") / len(answers), 3) > 0
+    assert scores["place"] == scores["description"] == 0
 
 
 def test_every_thing_is_in_one_of_a_prompts_pictures():
@@ -149,9 +180,11 @@ def test_an_album_shows_each_shape_once_a_picture_and_nothing_overlaps():
                 for other in picture.things[:i]:
                     assert math.dist(one.start, other.start) > one.radius + other.radius
         seen = [{thing.shape: thing for thing in picture.things} for picture in pictures]
-        for shape in set(seen[0]) & set(seen[1]):
-            one, other = seen[0][shape], seen[1][shape]
-            changed.add((one.start != other.start, one.colour != other.colour))
+        for first, second in itertools.combinations(seen, 2):
+            for shape in set(first) & set(second):
+                one, other = first[shape], second[shape]
+                assert one.start == other.start or math.dist(one.start, other.start) >= 0.3 * 64
+                changed.add((one.start != other.start, one.colour != other.colour))
     assert len(changed) == 4
 
 

@@ -76,17 +76,40 @@ def test_score_gradient(name):
 
 @pytest.mark.parametrize("name", ["LinVT", "no temporal positions"])
 def test_temporal_positions(name):
+    """Both parts that could read the time are told none, whatever the frames' times are."""
     model = build(name)
-    early, late = torch.arange(16.0).expand(2, -1), torch.arange(16.0).square().expand(2, -1)
+    told = []
+    scorer, aggregator = model.video_tokenizer.scorer, model.video_tokenizer.aggregator
+    scorer.register_forward_pre_hook(lambda module, inputs: told.append(inputs[2]))  # after the row's own hooks
+    aggregator.register_forward_pre_hook(lambda module, inputs: told.extend(x.places[..., 0] for x in inputs[:2]))
+    for times in (None, torch.arange(16.0).square().expand(2, -1)):
+        with torch.no_grad():
+            condense(model, frames(), frame_times=times)
+    assert len(told) == 6
+    assert all((times == 0.5).all() for times in told) == (name == "no temporal positions")
+
+
+@pytest.mark.parametrize("name", ["LinVT, k = 128", "plain top-k, k = 128"])
+def test_plain_top_k(name):
+    """Where nothing was learned, plain top-k takes no notice of what is new, and training cannot bring that back."""
+    model = build(name)
+    plain = name.startswith("plain")
+    assert any("novelty" in name for name, _ in model.video_tokenizer.named_parameters()) != plain
+    video = torch.ones(1, 16, 16, 128)
+    video[:, 9] = frames()[0, 9]  # one frame is unlike the others
     with torch.no_grad():
-        one, other = (condense(model, frames(), frame_times=times).video_tokens for times in (early, late))
-    assert torch.equal(one, other) == (name == "no temporal positions")
+        scores = condense(model, video).scores
+    assert (scores[0, 9].mean() > scores[0, 2:9].mean() + 0.5) != plain
 
 
 @pytest.mark.parametrize("name", ["LinVT", "values through a projection"])
 def test_values(name):
     model = build(name)
     with torch.no_grad():
+        start = condense(model, frames()).video_tokens
+        assert torch.allclose(start, condense(build("LinVT"), frames()).video_tokens, atol=1e-5)
+        for parameter in model.video_tokenizer.parameters():  # as if it had learned
+            parameter.mul_(1.1)
         out = condense(model, frames(), output_weights=True)
         combined = out.weights @ frames().flatten(1, 2)
     assert torch.allclose(out.video_tokens, combined, atol=1e-4) == (name == "LinVT")

@@ -1,10 +1,11 @@
-"""`python -m linvt_hf.shapes data`, `image-llm`, `results` and `ship`: see `make shapes` and after it."""
+"""`python -m linvt_hf.shapes data`, `image-llm`, `evaluate`, `results` and `ship`: see `make shapes` and after it."""
 
 import argparse
 import os
 from pathlib import Path
 
 from .videos import write_split
+from .world import SPLITS
 
 SCENES = {
     ("video", "train"): 4000,
@@ -26,12 +27,17 @@ def main() -> None:
     data.add_argument("folder", type=Path)
     data.add_argument("--share", type=float, default=1.0, help="write only this share of the scenes")
     data.set_defaults(run=_data)
-    image_llm = commands.add_parser("image-llm", help="train the small image-LLM on pictures alone")
+    image_llm = commands.add_parser("image-llm", help="train the small image-LLM, on pictures and texts alone")
     image_llm.add_argument("folder", type=Path)
     image_llm.add_argument("--seed", type=int, default=0)
     image_llm.add_argument("--vision-steps", type=int, default=2000)
-    image_llm.add_argument("--steps", type=int, default=4000)
+    image_llm.add_argument("--steps", type=int, default=3500)
     image_llm.set_defaults(run=_image_llm)
+    evaluate = commands.add_parser("evaluate", help="how many questions a model answers right, word for word")
+    evaluate.add_argument("model", type=Path, help="a LinVT model; an image-LLM is given an untrained LinVT")
+    evaluate.add_argument("--data", type=Path, default=Path("build/shapes/data"), help="what `data` wrote")
+    evaluate.add_argument("--split", default="test", choices=SPLITS)
+    evaluate.set_defaults(run=_evaluate)
     results = commands.add_parser("results", help="compare LinVT with simpler ways: train and measure every row")
     results.add_argument("folder", type=Path, help="gets a file a result; what is there is not run again")
     results.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows; all by default")
@@ -57,6 +63,8 @@ def _data(args) -> None:
 
 
 def _image_llm(args) -> None:
+    # Room for a compiled kernel for every length and number of pictures; oneDNN reads it once.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100000")
     from .image_llm import evaluate, pretrain, save
 
     model, tokenizer = pretrain(
@@ -64,6 +72,26 @@ def _image_llm(args) -> None:
     )
     save(model, tokenizer, args.folder)
     print(f"{args.folder}: right answers about pictures of the validation split, {evaluate(model, tokenizer)}")
+
+
+def _evaluate(args) -> None:
+    from transformers import AutoConfig
+
+    from ..conversion import wrap
+    from ..modeling_linvt import LinVTForConditionalGeneration
+    from ..processing_linvt import LinVTProcessor
+    from .evaluate import FRAMES, QuestionSet, Score
+
+    if AutoConfig.from_pretrained(args.model).model_type == LinVTForConditionalGeneration.config_class.model_type:
+        model = LinVTForConditionalGeneration.from_pretrained(args.model)
+        processor = LinVTProcessor.from_pretrained(args.model)
+    else:
+        model, processor = wrap(args.model)
+    for kind, frames in FRAMES.items():
+        questions = QuestionSet(args.data / f"{kind}-{args.split}.jsonl", processor, num_frames=frames)
+        score = questions.score(model)
+        kinds = ", ".join(f"{name} {share:.1%}" for name, share in score.by_kind().items())
+        print(f"{kind}, {len(questions.records)} questions: {Score.mean(score.exact):.1%} ({kinds})", flush=True)
 
 
 def _results(args) -> None:

@@ -152,7 +152,9 @@ def pictures_sample(scene: Scene, random: Random, tokenizer, albums: float) -> S
     """
     if random.random() >= albums:
         pictures = layered(scene, random)
-        questions = ask(scene, random) + (ask_about_pictures(pictures, random) if len(pictures) > 1 else [])
+        questions = ask(scene, random)
+        if len(pictures) > 1:  # in which nothing moves, and whoever always says so learns nothing
+            questions += [q for q in ask_about_pictures(pictures, random) if q.kind != "same place"]
     else:
         pictures = album(scene, random)
         questions = ask_about_pictures(pictures, random)
@@ -184,10 +186,15 @@ def story_sample(scene: Scene, random: Random, tokenizer) -> Sample:
 
 
 def _some(questions: list[Question], random: Random, count: int = 6) -> list[Question]:
-    """A few questions, and in half of the samples one whose answer is long, which outweighs the others."""
+    """
+    A few questions, and in half of the samples one whose answer is long, which outweighs the others; all that compare
+    the pictures: this is learned late, and not at all where it is asked seldom.
+    """
+    comparing = [question for question in questions if question.kind == "same place"]
     long = [question for question in questions if not question.options]
-    short = [question for question in questions if question.options]
-    return random.sample(short, min(count, len(short))) + random.sample(long, random.randint(0, min(len(long), 1)))
+    short = [question for question in questions if question.options and question not in comparing]
+    several = random.sample(short, min(count, len(short))) + random.sample(long, random.randint(0, min(len(long), 1)))
+    return comparing + several
 
 
 def ask_about(sample: Sample, questions: list[Question], tokenizer) -> None:
@@ -220,6 +227,7 @@ def album(scene: Scene, random: Random) -> list[Scene]:
     """
     cast = {thing.shape: thing for thing in scene.things}.values()
     restless = {thing.shape for thing in cast if random.random() < 0.5}
+    been = {thing.shape: [] for thing in cast}  # at which places
     colourful = {thing.shape for thing in cast if random.random() < 0.3}
     pictures = []
     for _ in range(random.randint(2, 4)):
@@ -229,8 +237,11 @@ def album(scene: Scene, random: Random) -> list[Scene]:
                 continue
             if thing.shape in colourful:
                 thing = replace(thing, colour=random.choice(list(COLOURS)))
-            if thing.shape not in restless or (thing := moved(thing, things, random)) is not None:
-                things.append(thing)
+            if thing.shape in restless:
+                if (thing := moved(thing, things, been[thing.shape], random)) is None:
+                    continue
+                been[thing.shape].append(thing.start)
+            things.append(thing)
         pictures.append(replace(scene, things=tuple(things)))
     return pictures
 
@@ -281,7 +292,7 @@ class ContentsHead(nn.Linear):
 
 def pretrain(
     vision_steps: int = 2000,
-    steps: int = 4000,
+    steps: int = 3500,
     batch: int = 32,
     rate: float = 2e-3,
     seed: int = 0,
@@ -289,7 +300,7 @@ def pretrain(
 ) -> tuple[InternVLForConditionalGeneration, PreTrainedTokenizerFast]:
     """
     First the vision encoder alone, by what lies where; then all of it, by questions, descriptions and stories. No
-    scene is seen twice. On two CPU cores a step takes 0.08 s, then 0.5 s: half an hour in all.
+    scene is seen twice. In bfloat16 where the CPU has it.
     """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
@@ -302,14 +313,20 @@ def pretrain(
     random = Random(seed)
     model.train()
 
-    def see() -> Tensor:
+    # In bfloat16 on a CPU, PyTorch's own fused attention takes more than twice as long to train as this.
+    model.set_attn_implementation("eager")
+
+    def views() -> Iterator[tuple[np.ndarray, Tensor]]:
         several = list(itertools.islice(scenes, batch))
         target = torch.from_numpy(np.stack([contents(scene) for scene in several]))
-        return head.loss(visual_tokens(model, np.stack([as_file(draw(s, 0), random) for s in several])), target)
+        yield np.stack([as_file(draw(scene, 0), random) for scene in several]), target
+
+    def seen(pixels: np.ndarray, target: Tensor) -> Tensor:
+        return head.loss(visual_tokens(model, pixels), target)
 
     progress = itertools.count()
 
-    def answer() -> Tensor:
+    def prompts() -> Iterator[tuple[list[Sample], int, int]]:
         told = batch // 4
         # To find a thing in one picture comes first: with half of them albums from the start, 2,000 steps did not do.
         albums = 0.0 if next(progress) < 0.4 * steps else 0.6
@@ -317,23 +334,34 @@ def pretrain(
             pictures_sample(scene, random, tokenizer, albums) for scene in itertools.islice(scenes, batch - told)
         ]
         samples += [story_sample(scene, random, tokenizer) for scene in itertools.islice(stories, told)]
-        inputs, tokens = collate(samples, model)
-        target = torch.from_numpy(np.concatenate([sample.contents for sample in samples]))
-        return model(**inputs).loss + 0.25 * head.loss(tokens, target)
+        samples.sort(key=lambda sample: len(sample.ids))
+        labels = sum(label != IGNORED for sample in samples for label in sample.labels)
+        pictures = sum(len(sample.pixels) for sample in samples)
+        for start in range(0, batch, batch // 2):  # parts of like length hold little padding
+            yield samples[start : start + batch // 2], labels, pictures
 
-    _run(see, [*vision, *head.parameters()], vision_steps, rate, log, "vision")
-    _run(answer, [*model.parameters(), *head.parameters()], steps, rate / 2, log, "all")
+    def answered(samples: list[Sample], labels: int, pictures: int) -> Tensor:
+        inputs, tokens = collate(samples, model)
+        loss = model(**inputs, num_items_in_batch=labels).loss
+        if len(tokens) == 0:
+            return loss
+        target = torch.from_numpy(np.concatenate([sample.contents for sample in samples]))
+        return loss + 0.25 * len(tokens) / pictures * head.loss(tokens, target)
+
+    _run(views, seen, [*vision, *head.parameters()], vision_steps, rate, log, "vision")
+    _run(prompts, answered, [*model.parameters(), *head.parameters()], steps, rate / 2, log, "all")
+    model.set_attn_implementation("sdpa")
     return model.eval(), tokenizer
 
 
 def visual_tokens(model, pixels: np.ndarray) -> Tensor:  # uint8 [P, 64, 64, 3] -> [P, 16, D]
     pixels = torch.tensor(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+    return model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output.float()
 
 
 def collate(samples: list[Sample], model) -> tuple[dict[str, Tensor], Tensor]:
     """The model's inputs, and the visual tokens among them, [P, 16, D]."""
-    length = max(len(sample.ids) for sample in samples)
+    length = math.ceil(max(len(sample.ids) for sample in samples) / 16) * 16  # few lengths: oneDNN compiles for each
     ids, labels, block = (torch.full((len(samples), length), value) for value in (0, IGNORED, -1))
     for row, sample in enumerate(samples):
         n = len(sample.ids)
@@ -341,33 +369,51 @@ def collate(samples: list[Sample], model) -> tuple[dict[str, Tensor], Tensor]:
         block[row, :n] = torch.tensor(sample.block)
     seen = (block[:, None] == block[:, :, None]) | (block[:, None] == 0)  # [B, S, S]: queries, keys
     seen = seen.tril()
-    tokens = visual_tokens(model, np.concatenate([sample.pixels for sample in samples]))
     embeds = model.get_input_embeddings()(ids)
-    embeds = embeds.masked_scatter((ids == model.config.image_token_id)[..., None], tokens)
+    tokens = embeds.new_zeros(0, SIDE**2, embeds.shape[-1])
+    if any(len(sample.pixels) for sample in samples):
+        tokens = visual_tokens(model, np.concatenate([sample.pixels for sample in samples]))
+        embeds = embeds.masked_scatter((ids == model.config.image_token_id)[..., None], tokens)
     inputs = {
         "inputs_embeds": embeds,
         "labels": labels,
-        "attention_mask": seen[:, None],
+        # To be added to logits: eager attention would add a mask of booleans as ones and zeros, and hide nothing.
+        "attention_mask": torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None],
         "position_ids": seen.sum(dim=-1) - 1,  # as if no other question stood between
     }
     return inputs, tokens
 
 
-def _run(loss_of: Callable[[], Tensor], parameters, steps: int, rate: float, log, name: str) -> None:
+def _run(
+    parts: Callable[[], Iterator[tuple]],
+    loss_of: Callable[..., Tensor],
+    parameters: list[nn.Parameter],
+    steps: int,
+    rate: float,
+    log: Callable[[str], None],
+    name: str,
+) -> None:
+    """Steps down the sum of `loss_of(*part)` over the parts of a batch, of which every step draws a new one."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / max(steps, 1)))
     )
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    half = torch.autocast("cpu", torch.bfloat16, enabled=able.get("avx512_bf16", False))
     started = time.monotonic()
     for step in range(1, steps + 1):
-        loss = loss_of()
-        loss.backward()
+        total = 0.0
+        for part in parts():
+            with half:
+                loss = loss_of(*part)
+            loss.backward()
+            total += loss.item()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps:
-            log(f"{name} step {step}/{steps}: loss {loss.item():.3f}, {time.monotonic() - started:.0f} s")
+            log(f"{name} step {step}/{steps}: loss {total:.3f}, {time.monotonic() - started:.0f} s")
 
 
 @torch.no_grad()
@@ -382,8 +428,9 @@ def evaluate(model, tokenizer, scenes: int = 200) -> dict[str, float]:
             sample = of_pictures([draw(picture, 0) for picture in pictures], pictures, tokenizer)
             ask_about(sample, questions, tokenizer)
             inputs, _ = collate([sample], model)
-            labels = inputs.pop("labels")[0, 1:]
-            wrong = (model(**inputs).logits[0, :-1].argmax(-1) != labels) & (labels != IGNORED)
+            length = len(sample.ids)  # after it comes padding
+            labels = inputs.pop("labels")[0, 1:length]
+            wrong = (model(**inputs).logits[0, : length - 1].argmax(-1) != labels) & (labels != IGNORED)
             blocks = torch.tensor(sample.block[1:])
             for block, question in enumerate(questions, 1):
                 right.setdefault(question.kind, []).append(not wrong[blocks == block].any())

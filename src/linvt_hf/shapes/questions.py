@@ -184,9 +184,10 @@ def _about_video(scene: Scene):
         yield "motion", {"thing": name}, "moving" if thing.moves else "still", ("moving", "still")
         if thing.moves:
             yield "direction", {"thing": name}, thing.direction, DIRECTIONS
-        if thing.later:
-            for when, colour in (("start", thing.colour), ("end", thing.later)):
-                yield "colour in time", {"thing": thing.shape, "when": when}, colour, COLOURS
+        if thing.later and thing.appears == 0:
+            yield "colour in time", {"thing": thing.shape, "when": "start"}, thing.colour, COLOURS
+        if thing.later and thing.leaves == scene.frames:
+            yield "colour in time", {"thing": thing.shape, "when": "end"}, thing.later, COLOURS
     ordered = sorted(scene.things, key=lambda thing: thing.appears)
     if len(ordered) > 1 and all(b.appears - a.appears >= 2 for a, b in pairwise(ordered)):
         for rank, thing in zip(RANKS, ordered, strict=False):

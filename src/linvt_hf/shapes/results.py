@@ -5,6 +5,7 @@ A result is a JSON file of its own, so a run that was killed goes on where it wa
 """
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import statistics
@@ -24,11 +25,8 @@ from ..training.dataset import ChatDataset
 from ..training.feature_cache import FeatureCache
 from ..training.recipe import train
 from ..training.settings import TrainingSettings, read_settings
-from .evaluate import QuestionSet, Score
+from .evaluate import FRAMES, QuestionSet, Score
 from .rows import CURVES, KEPT, ROWS, TABLE, Row
-from .world import LONG, SHORT
-
-FRAMES = {"video": SHORT, "long": LONG, "image": None}  # of each test
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,16 @@ class Job:
         return self.file.exists() and json.loads(self.file.read_text())["recipe"] == self.recipe()
 
     def recipe(self) -> list[dict]:
-        """What the result rests on, as JSON holds it."""
+        """What the result rests on, as JSON holds it: the settings of both stages, and digests of what they read."""
         settings = [dataclasses.asdict(dataclasses.replace(stage, output="")) for stage in self.settings()]
-        return json.loads(json.dumps(settings))
+        files = [Path(settings[0]["model"]) / "model.safetensors", *(Path(s["path"]) for s in settings[1]["data"])]
+        digests = {str(file): _digest(file, file.stat().st_mtime) for file in files if file.is_file()}
+        return json.loads(json.dumps([*settings, digests]))
+
+
+@cache
+def _digest(file: Path, changed: float) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def run_all(jobs: list[Job], workers: int) -> None:
@@ -177,7 +182,7 @@ def write_tables(results: dict[str, list[dict]], file: Path) -> None:
 def table(results: dict[str, list[dict]]) -> str:
     """Rows of the comparison, in Markdown."""
     lines = [
-        "| | tokens | no video training | trained | long videos | pictures |",
+        "| | tokens | videos, untrained (options) | videos | long videos | pictures |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in TABLE:

@@ -38,7 +38,7 @@ def write_split(folder: str | Path, kind: str, split: str, count: int, size: int
 
     Args:
         folder: gets `<kind>/<split>/*.mp4` (`*.png` for images), `<kind>-<split>.jsonl` and, for videos,
-            `<kind>-<split>-captions.jsonl`; media that are there stay.
+            `<kind>-<split>-captions.jsonl`.
         kind: "image", "video" or "long"; split: "train", "validation" or "test".
         size: height and width in pixels.
     Returns the JSONL files, a record a question: `messages`, and `kind` and `options` for evaluation.
@@ -49,8 +49,7 @@ def write_split(folder: str | Path, kind: str, split: str, count: int, size: int
     for number in range(count):
         scene = make_scene(kind, split, number)
         media = f"{kind}/{split}/{number:05d}.{'png' if kind == 'image' else 'mp4'}"
-        if not (folder / media).exists():
-            _write_media(scene, folder / media, size)
+        _write_media(scene, folder / media, size)
         questions = ask if split == "train" else chosen_questions
         for question in questions(scene, Random(f"questions {kind} {split} {number}")):
             file = f"{kind}-{split}{'-captions' if question.kind == 'caption' else ''}.jsonl"

@@ -177,12 +177,15 @@ def _fits(thing: Thing, others: list[Thing]) -> bool:
     return not any(_collide(thing, other) for other in others)
 
 
-def moved(thing: Thing, others: list[Thing], random: Random) -> Thing | None:
-    """The same thing, still, where it touches none of the others; None if no place was found."""
+def moved(thing: Thing, others: list[Thing], been: list[tuple[float, float]], random: Random) -> Thing | None:
+    """
+    The same thing, still, clearly away from all places where it has been, and where it touches no other; None if no
+    place was found.
+    """
     for _ in range(20):
         place = _anywhere(random, thing.radius)
         elsewhere = replace(thing, start=place, end=place)
-        if _fits(elsewhere, others):
+        if all(math.dist(place, before) >= 0.3 * CANVAS for before in been) and _fits(elsewhere, others):
             return elsewhere
     return None
 
