@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from linvt_hf import hub_folder
+from linvt_hf.shapes import image_llm
 from linvt_hf.shapes.evaluate import QuestionSet, Score
 from linvt_hf.shapes.videos import write_split
 from linvt_hf.shapes.world import make_scene
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "linvt-shapes"
+IMAGE_LLM = ROOT / "examples" / "shapes-image-llm"
 
 
 def test_it_brings_the_code_as_it_is_now(tmp_path):
@@ -45,10 +47,16 @@ def test_the_demo_is_answered_rightly():
 
 @pytest.mark.parametrize(("kind", "frames", "least"), [("video", 16, 0.8), ("long", 256, 0.7), ("image", None, 0.85)])
 def test_it_answers_what_no_training_saw(kind, frames, least, tmp_path):
-    """A few new scenes; the README's table has the numbers over whole test splits."""
+    """A few scenes; the README has the numbers over whole splits."""
     model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
     write_split(tmp_path, kind, "test", {"video": 20, "long": 6, "image": 20}[kind])
     questions = QuestionSet(tmp_path / f"{kind}-test.jsonl", processor, num_frames=frames)
     with torch.inference_mode():
         assert Score.mean(questions.score(model).exact) >= least
+
+
+def test_the_image_llm_under_it_is_one_of_transformers_own():
+    model = AutoModelForImageTextToText.from_pretrained(IMAGE_LLM).eval()
+    right = image_llm.evaluate(model, AutoTokenizer.from_pretrained(IMAGE_LLM), scenes=20)
+    assert min(right.values()) > 0.5 and right["colour"] > 0.9 and right["same place"] > 0.8
