@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, 
 
 from linvt_hf import hub_folder
 from linvt_hf.shapes import image_llm
+from linvt_hf.shapes.__main__ import main as shapes_command
 from linvt_hf.shapes.evaluate import QuestionSet, Score
 from linvt_hf.shapes.videos import write_split
 from linvt_hf.shapes.world import make_scene
@@ -54,6 +55,23 @@ def test_it_answers_what_no_training_saw(kind, frames, least, tmp_path):
     questions = QuestionSet(tmp_path / f"{kind}-test.jsonl", processor, num_frames=frames)
     with torch.inference_mode():
         assert Score.mean(questions.score(model).exact) >= least
+
+
+def test_what_the_evaluation_prints(tmp_path, monkeypatch, capsys):
+    """Of a LinVT model, and of an image-LLM, whose answers about pictures are its own."""
+    for kind in ("video", "long", "image"):
+        write_split(tmp_path, kind, "test", 2)
+    printed = {}
+    for folder in (FOLDER, IMAGE_LLM):
+        monkeypatch.setattr("sys.argv", ["shapes", "evaluate", str(folder), "--data", str(tmp_path)])
+        shapes_command()
+        printed[folder] = capsys.readouterr().out.splitlines()
+        assert [line.split(",")[0] for line in printed[folder]] == ["video", "long", "image"]
+    video = QuestionSet(tmp_path / "video-test.jsonl", AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True))
+    model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).eval()
+    right = Score.mean(video.score(model).exact)
+    assert printed[FOLDER][0].startswith(f"video, {len(video.records)} questions: {right:.1%} (")
+    assert printed[FOLDER][0] != printed[IMAGE_LLM][0]
 
 
 def test_the_image_llm_under_it_is_one_of_transformers_own():

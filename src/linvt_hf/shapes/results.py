@@ -76,6 +76,7 @@ class Job:
 
 @cache
 def _digest(file: Path, changed: float) -> str:
+    """Of a file's content, read again when it was written anew, at another time `changed`."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
