@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from linvt_hf import wrap
-from linvt_hf.shapes import image_llm
+from linvt_hf.shapes import image_llm, samples
 from linvt_hf.shapes.questions import PLACES, RANKS, ask, ask_about_pictures, place_name
 from linvt_hf.shapes.world import COLOURS, SHAPES, make_scene
 
@@ -37,18 +37,18 @@ def test_a_sample_learns_answers_only(tokenizer):
     for number in range(30):
         scene = make_scene("image", "train", number)
         random = Random(number)
-        sample = image_llm.pictures_sample(scene, random, tokenizer, albums=0.5)
+        sample = samples.pictures_sample(scene, random, tokenizer, albums=0.5)
         assert len(sample.ids) == len(sample.labels) == len(sample.block)
         learned = tokenizer.decode([label for label in sample.labels if label >= 0]).split("<|im_end|>")
         # What is shown is drawn first, so it can be drawn again.
         random = Random(number)
-        pictures = (image_llm.layered if random.random() >= 0.5 else image_llm.album)(scene, random)
+        pictures = (samples.layered if random.random() >= 0.5 else samples.album)(scene, random)
         assert len(sample.pixels) == len(pictures)
         possible = {question.answer for question in ask(scene, Random(0)) + ask_about_pictures(pictures, Random(0))}
         assert learned.pop() == "" and set(learned) <= possible
         places = sample.ids.count(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
-        assert places == image_llm.SIDE**2 * len(sample.pixels)
-        assert sample.contents.shape[:2] == (len(sample.pixels), image_llm.SIDE**2)
+        assert places == samples.SIDE**2 * len(sample.pixels)
+        assert sample.contents.shape[:2] == (len(sample.pixels), samples.SIDE**2)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -60,8 +60,8 @@ def test_a_question_sees_the_pictures_and_itself_only(tokenizer, attention):
     questions = ask(scene, Random(1))
 
     def logits(asked):
-        sample = image_llm.of_pictures([image_llm.draw(scene, 0)], [scene], tokenizer)
-        image_llm.ask_about(sample, asked, tokenizer)
+        sample = samples.of_pictures([samples.draw(scene, 0)], [scene], tokenizer)
+        samples.ask_about(sample, asked, tokenizer)
         inputs, _ = image_llm.collate([sample], model)
         learned = torch.tensor(sample.labels) >= 0
         return model(**inputs).logits[0, : len(learned)][learned]
@@ -92,7 +92,7 @@ def test_answers_are_counted_where_they_stand(tokenizer):
     for number in range(20):
         random = Random(number)
         scene = make_scene("image", "validation", number)
-        pictures = image_llm.album(scene, random)
+        pictures = samples.album(scene, random)
         ask(scene, random)
         answers += [q.answer for q in ask_about_pictures(pictures, random) if q.kind == "same place"]
     assert scores["same place"] == round(answers.count("yes") / len(answers), 3) > 0
@@ -103,7 +103,7 @@ def test_every_thing_is_in_one_of_a_prompts_pictures():
     counts = set()
     for number in range(60):
         scene = make_scene("image", "train", number)
-        layers = image_llm.layered(scene, Random(number))
+        layers = samples.layered(scene, Random(number))
         counts.add(len(layers))
         assert {thing for layer in layers for thing in layer.things} == set(scene.things)
     assert counts == {1, 2, 3, 4}
@@ -111,11 +111,11 @@ def test_every_thing_is_in_one_of_a_prompts_pictures():
 
 def test_contents_say_what_lies_where():
     scene = make_scene("image", "train", 3)
-    contents = image_llm.contents(scene).reshape(image_llm.SIDE, image_llm.SIDE, -1)
+    contents = samples.contents(scene).reshape(samples.SIDE, samples.SIDE, -1)
     kinds, colours, shapes, places = 48, len(COLOURS), len(SHAPES), len(PLACES)
     assert contents.shape[2] == kinds + colours + shapes + places
     for thing in scene.things:
-        column, row = (int(value // (64 / image_llm.SIDE)) for value in thing.start)
+        column, row = (int(value // (64 / samples.SIDE)) for value in thing.start)
         here = contents[row, column]
         assert here[list(COLOURS).index(thing.colour) * shapes + SHAPES.index(thing.shape)] == 1
         assert here[kinds + list(COLOURS).index(thing.colour)] == 1
@@ -135,10 +135,10 @@ def test_it_learns_from_a_seed_and_can_be_wrapped(tmp_path):
     wrapped, processor = wrap(tmp_path, num_frames=4, queries_per_scale=[4, 2, 2], bottleneck_size=16, num_heads=2)
     assert processor.num_video_tokens == 8 and wrapped.config.hidden_size == 128
     inputs = processor.image_processor([[Image.new("RGB", (64, 64))]], return_tensors="pt")
-    assert len(wrapped.get_image_features(inputs["pixel_values"]).pooler_output[0]) == image_llm.SIDE**2
+    assert len(wrapped.get_image_features(inputs["pixel_values"]).pooler_output[0]) == samples.SIDE**2
 
 
-@pytest.mark.parametrize("spread", [image_llm.layered, image_llm.album])
+@pytest.mark.parametrize("spread", [samples.layered, samples.album])
 def test_questions_about_several_pictures_are_answered_from_them(spread):
     kinds = set()
     for number in range(60):
@@ -172,7 +172,7 @@ def test_questions_about_several_pictures_are_answered_from_them(spread):
 def test_an_album_shows_each_shape_once_a_picture_and_nothing_overlaps():
     changed = set()
     for number in range(60):
-        pictures = image_llm.album(make_scene("image", "train", number), Random(number))
+        pictures = samples.album(make_scene("image", "train", number), Random(number))
         assert 2 <= len(pictures) <= 4
         for picture in pictures:
             assert len({thing.shape for thing in picture.things}) == len(picture.things)
@@ -190,7 +190,7 @@ def test_an_album_shows_each_shape_once_a_picture_and_nothing_overlaps():
 
 def test_a_story_tells_what_is_asked_and_is_learned_itself(tokenizer):
     scene = make_scene("video", "train", 4)
-    sample = image_llm.story_sample(scene, Random(0), tokenizer)
+    sample = samples.story_sample(scene, Random(0), tokenizer)
     assert len(sample.pixels) == 0 and sample.ids.count(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")) == 0
     learned = [(label, block) for label, block in zip(sample.labels, sample.block, strict=True) if label >= 0]
     told = tokenizer.decode([label for label, block in learned if block == 0])
