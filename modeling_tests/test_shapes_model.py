@@ -81,7 +81,7 @@ def test_answers_are_counted_where_they_stand(tokenizer):
             self.get_image_features = model.get_image_features
 
         def forward(self, inputs_embeds, **_):
-            ids = torch.tensor(tokenizer("yes<|im_end|>")["input_ids"])
+            ids = torch.tensor(tokenizer("still<|im_end|>")["input_ids"])
             logits = torch.zeros(1, inputs_embeds.shape[1], image_llm.VOCABULARY)
             said = (inputs_embeds[0] == self.get_input_embeddings().weight[ids[0]]).all(dim=-1)
             logits[0, torch.arange(len(said)), torch.where(said, ids[1], ids[0])] = 1.0
@@ -94,8 +94,8 @@ def test_answers_are_counted_where_they_stand(tokenizer):
         scene = make_scene("image", "validation", number)
         pictures = samples.album(scene, random)
         ask(scene, random)
-        answers += [q.answer for q in ask_about_pictures(pictures, random) if q.kind == "same place"]
-    assert scores["same place"] == round(answers.count("yes") / len(answers), 3) > 0
+        answers += [q.answer for q in ask_about_pictures(pictures, random) if q.kind == "motion"]
+    assert scores["motion"] == round(answers.count("still") / len(answers), 3) > 0
     assert scores["place"] == scores["description"] == 0
 
 
@@ -158,15 +158,24 @@ def test_questions_about_several_pictures_are_answered_from_them(spread):
                     assert question.answer == place_name(here[shape].start)
                 case "colour in one":
                     assert question.answer == here[shape].colour
-                case "same place":
-                    assert (question.answer == "yes") == (len({s[shape].start for s in shown if shape in s}) == 1)
+                case "motion":
+                    assert (question.answer == "still") == (len({s[shape].start for s in shown if shape in s}) == 1)
+                case "direction":
+                    (x, y), *_, (to_x, to_y) = [things[shape].start for things in shown if shape in things]
+                    right, down = to_x - x, to_y - y
+                    ways = {"right": right, "left": -right, "down": down, "up": -down}
+                    if question.answer == "nowhere":
+                        assert right == down == 0
+                    else:
+                        assert ways[question.answer] >= 2 * min(abs(right), abs(down)) and ways[question.answer] > 0
                 case "shapes in all":
                     assert int(question.answer) == len({shape for things in shown for shape in things})
                 case "one of several":
                     things = pictures[RANKS.index(rank)].things
                     assert question.answer.count(" at the ") == len(things)
                     assert all(thing.name in question.answer for thing in things)
-    assert kinds == {"picture", "place in one", "colour in one", "same place", "shapes in all", "one of several"}
+    always = {"picture", "place in one", "colour in one", "shapes in all", "one of several"}
+    assert kinds == always | {"motion", "direction"}
 
 
 def test_an_album_shows_each_shape_once_a_picture_and_nothing_overlaps():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
 
-from .world import COLOURS, DIRECTIONS, SHAPES, SHORT, Scene, Thing
+from .world import COLOURS, DIRECTIONS, SHAPES, SHORT, Scene, Thing, direction_between
 
 COUNTS = ("1", "2", "3", "4", "5")
 PLACES = tuple(
@@ -42,11 +42,6 @@ TEMPLATES = {
         "What colour is the {thing} in the {rank} picture?",
         "Which colour does the {thing} have in the {rank} picture?",
         "In the {rank} picture, what colour is the {thing}?",
-    ),
-    "same place": (
-        "Is the {thing} at the same place in all pictures?",
-        "Do all pictures show the {thing} at the same place?",
-        "The {thing}: is its place always the same?",
     ),
     "shapes in all": (
         "How many different shapes do the pictures show?",
@@ -93,6 +88,8 @@ TEMPLATES = {
 }
 VIDEO_KINDS = ("direction", "colour in time", "order", "flash", "flash colour", "total", "motion")
 LONG_KINDS = ("flash", "flash colour", "flash place")
+COMPARING = ("motion", "direction")  # what has to be compared with another picture, if asked of several
+NOWHERE = "nowhere"
 RANKS = ("first", "second", "third", "fourth")
 
 
@@ -163,8 +160,19 @@ def _about_pictures(pictures: list[Scene]):
             for rank, thing in seen:
                 yield "place in one", {"thing": shape, "rank": rank}, place_name(thing.start), PLACES
                 yield "colour in one", {"thing": shape, "rank": rank}, thing.colour, COLOURS
-            same = len({thing.start for _, thing in seen}) == 1
-            yield "same place", {"thing": shape}, "yes" if same else "no", ("yes", "no")
+            yield from _about_motion([thing for _, thing in seen])
+
+
+def _about_motion(seen: list[Thing]):
+    """What a thing does from picture to picture, in the words that are used of videos."""
+    alike = len({thing.colour for thing in seen}) == 1
+    words = {"thing": f"{seen[0].colour} {seen[0].shape}" if alike else seen[0].shape}
+    moves = len({thing.start for thing in seen}) > 1
+    yield "motion", words, "moving" if moves else "still", ("moving", "still")
+    # Also of what stays: that two places are the same is learned much sooner beside which way they differ.
+    way = direction_between(seen[0].start, seen[-1].start) if moves else NOWHERE
+    if way:
+        yield "direction", words, way, (*DIRECTIONS, NOWHERE)
 
 
 def _about_video(scene: Scene):

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..training.labels import IGNORED
-from .questions import PLACES, Question, ask, ask_about_pictures, place_name
+from .questions import COMPARING, PLACES, Question, ask, ask_about_pictures, place_name
 from .world import CANVAS, COLOURS, SHAPES, Scene, Thing, draw, moved
 
 SIDE = 4  # visual tokens a side of a picture
@@ -53,12 +53,12 @@ def pictures_sample(scene: Scene, random: Random, tokenizer, albums: float) -> S
         pictures = layered(scene, random)
         questions = ask(scene, random)
         if len(pictures) > 1:  # in which nothing moves, and whoever always says so learns nothing
-            questions += [q for q in ask_about_pictures(pictures, random) if q.kind != "same place"]
+            questions += [q for q in ask_about_pictures(pictures, random) if q.kind not in COMPARING]
     else:
         pictures = album(scene, random)
         questions = ask_about_pictures(pictures, random)
     sample = of_pictures([as_file(draw(picture, 0), random) for picture in pictures], pictures, tokenizer)
-    ask_about(sample, _some(questions, random), tokenizer)
+    ask_about(sample, _some(questions, random, always=COMPARING), tokenizer)
     return sample
 
 
@@ -84,16 +84,16 @@ def story_sample(scene: Scene, random: Random, tokenizer) -> Sample:
     return sample
 
 
-def _some(questions: list[Question], random: Random, count: int = 6) -> list[Question]:
+def _some(questions: list[Question], random: Random, count: int = 6, always: tuple[str, ...] = ()) -> list[Question]:
     """
-    A few questions, and in half of the samples one whose answer is long, which outweighs the others; all that compare
-    the pictures: this is learned late, and not at all where it is asked seldom.
+    A few questions, and in half of the samples one whose answer is long, which outweighs the others; all of the kinds
+    `always`: to compare pictures is learned late, and not at all where it is asked seldom.
     """
-    comparing = [question for question in questions if question.kind == "same place"]
+    asked = [question for question in questions if question.kind in always]
     long = [question for question in questions if not question.options]
-    short = [question for question in questions if question.options and question not in comparing]
+    short = [question for question in questions if question.options and question not in asked]
     several = random.sample(short, min(count, len(short))) + random.sample(long, random.randint(0, min(len(long), 1)))
-    return comparing + several
+    return asked + several
 
 
 def ask_about(sample: Sample, questions: list[Question], tokenizer) -> None:

@@ -71,9 +71,7 @@ class Thing:
     @property
     def direction(self) -> str | None:
         """Where it moves, as a key of `DIRECTIONS`; None if it stays."""
-        (x, y), (to_x, to_y) = self.start, self.end
-        sign = (int(to_x > x) - int(to_x < x), int(to_y > y) - int(to_y < y))
-        return next((name for name, unit in DIRECTIONS.items() if unit == sign), None)
+        return direction_between(self.start, self.end)
 
     @property
     def is_brief(self) -> bool:
@@ -156,6 +154,15 @@ def make_scene(kind: str, split: str, number: int) -> Scene:
 def _background(random: Random) -> tuple[int, int, int]:
     grey = random.randint(10, 60)
     return tuple(grey + random.randint(-8, 8) for _ in range(3))
+
+
+def direction_between(start: tuple[float, float], end: tuple[float, float]) -> str | None:
+    """The key of `DIRECTIONS` for a way from `start` to `end`; None if they are the same, or it goes aslant."""
+    way = (end[0] - start[0], end[1] - start[1])
+    along, aside = sorted((abs(part) for part in way), reverse=True)
+    if along == 0 or along < 2 * aside:
+        return None
+    return max(DIRECTIONS, key=lambda name: sum(a * b for a, b in zip(DIRECTIONS[name], way, strict=True)))
 
 
 def _anywhere(random: Random, radius: float) -> tuple[float, float]:
