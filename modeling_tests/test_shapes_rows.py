@@ -130,6 +130,14 @@ def test_only_linvt_that_is_not_frozen_learns():
     assert not BY_NAME["LinVT untrained"].learns and not BY_NAME["uniform pooling"].learns and BY_NAME["LinVT"].learns
 
 
+def test_rows_of_the_curve_alone_have_one_seed(tmp_path):
+    seeds = {row.name: [] for row in results.ROWS}
+    for job in results.all_jobs(tmp_path, 3):
+        seeds[job.row.name].append(job.seed)
+    assert seeds["LinVT"] == seeds["no top-k"] == seeds["question only"] == [0, 1, 2]
+    assert seeds["LinVT, k = 32"] == seeds["plain top-k, k = 64"] == [0]
+
+
 def test_tables_show_what_is_there(tmp_path):
     def result(seed, right):
         kinds = {kind: {"exact": right, "options": right} for kind in results.FRAMES}

@@ -95,17 +95,14 @@ def _evaluate(args) -> None:
 
 
 def _results(args) -> None:
-    from .results import Job, read_results, run_all, tables, write_tables
-    from .rows import ROWS, TABLE
+    from .results import all_jobs, read_results, run_all, tables, write_tables
+    from .rows import ROWS
 
     rows = {row.name: row for row in ROWS}
     if unknown := [name for name in args.rows or () if name not in rows]:
         raise SystemExit(f"There is no row '{unknown[0]}'; rows are {', '.join(rows)}.")
     chosen = [rows[name] for name in args.rows or rows]
-    overrides = tuple(args.overrides)
-    # The curve is there for its shape; one seed of what only it needs saves a third of the time.
-    seeds = range(args.seeds)
-    jobs = [Job(row, seed, args.folder, overrides) for seed in seeds for row in (TABLE if seed else ROWS)]
+    jobs = all_jobs(args.folder, args.seeds, tuple(args.overrides))
     run_all([job for job in jobs if job.row in chosen], args.workers)
     found = read_results(jobs)
     print(*tables(found).values(), sep="\n\n")
