@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_bases import NAMED, UNNAMED
+from tiny_bases import CHATML, NAMED, UNNAMED
 from tiny_models import base_folder, chat, encode, noise_video, wrapped
 from video_files import moving_square, write_video
 
 from linvt_hf import LinVTProcessor, wrap
-from linvt_hf.processing_linvt import VIDEO_TOKEN
+from linvt_hf.processing_linvt import VIDEO_TOKEN, _turn_marks
 
 every_base = pytest.mark.parametrize("name", [*NAMED, *UNNAMED, "qwen3_vl"])
 
@@ -56,6 +56,14 @@ def test_the_newest_question_counts():
     assert processor.tokenizer.decode(inputs["question_ids"][0]) == "<b>Where</b> does it go, in 2 words?"
     inputs = encode(processor, messages[:3], add_generation_prompt=False)  # as in training, with the answer
     assert processor.tokenizer.decode(inputs["question_ids"][0]) == "What moves?"
+
+
+def test_an_end_of_turn_that_is_the_tokenizers_eos_marks_a_question():
+    template = CHATML.replace("IMAGE", "<image>")
+    assert _turn_marks(template, (("eos_token", "<|im_end|>"),)) == (
+        "<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
+    )
 
 
 def test_questions_by_hand():

@@ -317,7 +317,7 @@ def inference_prompt(processor, messages, **kwargs):
 @every_base
 def test_labels_are_the_answer_and_its_end(name):
     _, processor = wrapped(name)
-    mark = "</s>" if "</s>" in TINY_BASES[name].chat_template else "<|im_end|>"
+    mark = TINY_BASES[name].end_of_turn
     messages = with_media(turns("What moves?", "A square: 3 × red, “fast”.", "Where?", "Right"), video())
     for end, answer in ((2, "A square: 3 × red, “fast”."), (4, "Right")):
         sample = encode_conversation(processor, messages[:end])
@@ -339,7 +339,7 @@ def test_labels_are_the_answer_and_its_end(name):
 @every_base_with_images
 def test_labels_with_images(name):
     _, processor = wrapped(name)
-    mark = "</s>" if "</s>" in TINY_BASES[name].chat_template else "<|im_end|>"
+    mark = TINY_BASES[name].end_of_turn
     messages = with_media(turns("What is it?", "A square."), picture())
     sample = encode_conversation(processor, messages)
     prompt = inference_prompt(processor, messages[:1])
@@ -356,7 +356,7 @@ def test_labels_with_images(name):
 @every_base
 def test_all_turns_in_one_sample(name):
     _, processor = wrapped(name)
-    mark = "</s>" if "</s>" in TINY_BASES[name].chat_template else "<|im_end|>"
+    mark = TINY_BASES[name].end_of_turn
     messages = with_media(turns("What moves?", "A square.", "Right?", "A square.", "So?", "Right?"), video())
     sample = encode_conversation(processor, messages, turns="all")
     assert [words.lstrip() for words in learned(processor, sample)] == [

@@ -8,10 +8,11 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from linvt_hf.configuration_mipha import MiphaConfig
-from linvt_hf.modeling_mipha import MiphaForConditionalGeneration
+from linvt_hf.configuration_linvt import OWN_CONFIGS
+from linvt_hf.image_llm import build_image_llm
+from linvt_hf.processing_molmo import MOLMO_CHAT_TEMPLATE
 
 VOCAB = 320
 LLM = {
@@ -62,6 +63,10 @@ class TinyBase:
     image_token: str = "<image>"
     special: dict = field(default_factory=dict)  # named special tokens beside the usual ones
     chat_template: str = CHATML
+
+    @property
+    def end_of_turn(self) -> str:
+        return "</s>" if "</s>" in self.chat_template or "eos_token" in self.chat_template else "<|im_end|>"
 
 
 def tiny_tokenizer(base: TinyBase) -> PreTrainedTokenizerFast:
@@ -243,6 +248,35 @@ TINY_BASES: dict[str, TinyBase] = {
         processor={"processor_class": "LlavaProcessor", "patch_size": 7, "vision_feature_select_strategy": "full"},
         chat_template=VICUNA,
     ),
+    "molmo": TinyBase(
+        config="MolmoConfig",
+        fields={
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "image_size": 28,
+                "patch_size": 7,
+            },
+            "text_config": {**LLM, "model_type": "qwen2"},
+            "image_token_id": "<im_patch>",
+            "vision_feature_layers": [-2, -3],
+            "projector_hidden_size": 24,
+            "output_vocab_size": VOCAB - 8,
+        },
+        image_processor={
+            "image_processor_type": "MolmoImageProcessor",
+            "size": {"height": 28, "width": 28},
+            "patch_size": 7,
+            "max_crops": 4,
+            "overlap_margins": [0, 2],
+        },
+        processor={"processor_class": "MolmoProcessor"},
+        image_token="<|image|>",
+        special={token: f"<{token}>" for token in ("im_start", "im_end", "im_patch", "im_col")},
+        chat_template=MOLMO_CHAT_TEMPLATE,
+    ),
     "llava": TinyBase(
         config="LlavaConfig",
         fields={
@@ -385,7 +419,7 @@ TINY_BASES: dict[str, TinyBase] = {
         chat_template=CHATML.replace("IMAGE", "<|vision_start|>IMAGE<|vision_end|>"),
     ),
 }
-NAMED = ["qwen2_vl", "internvl_qwen2", "internvl_llama", "internvl_phi3", "llava_onevision", "mipha"]
+NAMED = ["qwen2_vl", "internvl_qwen2", "internvl_llama", "internvl_phi3", "llava_onevision", "mipha", "molmo"]
 UNNAMED = ["qwen2_5_vl", "llava", "smolvlm", "idefics3", "gemma3", "paligemma", "mistral3"]
 
 # LinVT at toy size; k below the tokens of a test video, so that top-k has something to leave out.
@@ -407,19 +441,15 @@ def tiny_config(name: str):
     base = TINY_BASES[name]
     ids = _ids(base)
     fields = {key: ids.get(value, value) if isinstance(value, str) else value for key, value in base.fields.items()}
-    config_class = MiphaConfig if base.config == "MiphaConfig" else getattr(transformers, base.config)
-    return config_class(**fields)
+    own = {config.__name__: config for config in OWN_CONFIGS.values()}
+    return (own.get(base.config) or getattr(transformers, base.config))(**fields)
 
 
 def save_tiny_base(name: str, folder: Path, seed: int = 0) -> Path:
     """Writes the folder that `wrap` takes: weights, config, tokenizer, image processor, processor, chat template."""
     base = TINY_BASES[name]
     torch.manual_seed(seed)
-    config = tiny_config(name)
-    if base.config == "MiphaConfig":
-        model = MiphaForConditionalGeneration(config)
-    else:
-        model = AutoModelForImageTextToText.from_config(config)
+    model = build_image_llm(tiny_config(name))
     # Freshly made language models answer everything with nearly the same logits; larger weights tell inputs apart.
     with torch.no_grad():
         for parameter in model.parameters():

@@ -16,8 +16,9 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 from .configuration_linvt import square_grid
 from .modeling_mipha import MiphaForConditionalGeneration
+from .modeling_molmo import MolmoForConditionalGeneration
 
-OWN_MODELS = {"mipha": MiphaForConditionalGeneration}
+OWN_MODELS = {"mipha": MiphaForConditionalGeneration, "molmo_v1": MolmoForConditionalGeneration}
 
 
 class ImageLLM:
@@ -39,6 +40,8 @@ class ImageLLM:
     projectors: tuple[str, ...] = ("multi_modal_projector", "merger", "connector", "resampler")
     # What of the base's own way with images a video has to do without, as a sentence for a warning.
     lost: str | None = None
+    # For a base that pools a video's frames: how it is without.
+    unpooled: type["ImageLLM"] | None = None
 
     def rows_per_frame(self, frame_inputs: dict[str, Tensor], num_frames: int) -> list[int]:
         """Rows of `pixel_values` that each frame takes; one, unless the base flattens its patches."""
@@ -114,8 +117,24 @@ class InternVL(ImageLLM):
     spare_tokens = ("<quad>",)  # InternVL2's tables are exactly as long as their vocabularies
 
 
+class LlavaOnevisionWhole(ImageLLM):
+    """Aquila-VL too, with all tokens of each frame, as those of a still image without any-resolution tiles."""
+
+    def features(self, base, pixel_values):
+        pixel_values = pixel_values[:, 0] if pixel_values.ndim == 5 else pixel_values  # the whole frame, no tiles
+        frames = len(pixel_values)
+        sizes = torch.tensor([pixel_values.shape[-2:]] * frames)
+        together = torch.tensor([frames if frames > 1 else 2])  # several images of one prompt are not tiled
+        images = base.get_image_features(
+            pixel_values=pixel_values, image_sizes=sizes, batch_num_images=together, return_dict=True
+        ).pooler_output
+        return [tokens[:-1] for tokens in images]  # without the newline that ends an image
+
+
 class LlavaOnevision(ImageLLM):
     """Aquila-VL too. Frames take the base's video path: each pooled 2 x 2, without any-resolution tiles."""
+
+    unpooled = LlavaOnevisionWhole
 
     def features(self, base, pixel_values):
         pixel_values = pixel_values[:, 0] if pixel_values.ndim == 5 else pixel_values  # the whole frame, no tiles
@@ -124,6 +143,18 @@ class LlavaOnevision(ImageLLM):
         places = math.ceil(side / 2) ** 2
         # The newline that ends a video comes last in newer transformers, and separately in older ones.
         return tokens[: len(pixel_values) * places].unflatten(0, (-1, places))
+
+
+class Molmo(ImageLLM):
+    """A frame is its global crop. The language model is used to visual tokens on top of their placeholder."""
+
+    frame_kwargs = {"overlapping_crops": False}
+    video_prompt = "<im_start>{video}<im_end>"
+
+    def features(self, base, pixel_values, image_masks):
+        tokens = super().features(base, pixel_values, image_masks=image_masks)
+        placeholder = base.get_input_embeddings().weight[base.config.image_token_id]
+        return tokens + placeholder
 
 
 class Gemma3(ImageLLM):
@@ -146,6 +177,7 @@ BASES: dict[str, ImageLLM] = {
     "qwen3_vl": Qwen3VL(),
     "internvl": InternVL(),
     "llava_onevision": LlavaOnevision(),
+    "molmo_v1": Molmo(),
     "gemma3": Gemma3(),
     "paligemma": PaliGemma(),
     "idefics3": Idefics3(),
@@ -154,9 +186,14 @@ BASES: dict[str, ImageLLM] = {
 _ANY_BASE = ImageLLM()
 
 
-def image_llm_of(config: PreTrainedConfig) -> ImageLLM:
-    """What is special about a base; for one without an entry, nothing."""
-    return BASES.get(config.model_type, _ANY_BASE)
+def image_llm_of(config: PreTrainedConfig, pool_frames: bool = True) -> ImageLLM:
+    """What is special about a base; for one without an entry, nothing. Raises `ValueError` if it pools no frames."""
+    image_llm = BASES.get(config.model_type, _ANY_BASE)
+    if pool_frames:
+        return image_llm
+    if image_llm.unpooled is None:
+        raise ValueError(f"A {config.model_type} model does not pool its frames, so pool_frames must stay True.")
+    return image_llm.unpooled()
 
 
 def build_image_llm(config: PreTrainedConfig) -> PreTrainedModel:

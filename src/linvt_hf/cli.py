@@ -1,7 +1,8 @@
-"""The `linvt` command: wrap an image-LLM, train it, ask a model about a video."""
+"""The `linvt` command: convert and wrap an image-LLM, train it, ask a model about a video."""
 
 import argparse
 import json
+import math
 import sys
 import traceback
 from pathlib import Path
@@ -34,8 +35,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(running=False)  # whether a run has begun, which a mistake in the command no longer explains
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    convert = commands.add_parser("convert", help="make a published image-LLM one that transformers loads")
+    convert.add_argument("checkpoint", metavar="CHECKPOINT", help="a Hub id or a folder, as its makers published it")
+    convert.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    convert.add_argument("--revision", help="of a Hub id")
+    convert.add_argument(
+        "--dtype",
+        default="bfloat16",
+        help="type of the weights: bfloat16 (default), float16, float32, auto (as stored)",
+    )
+    convert.add_argument("--dry-run", action="store_true", help="print what each tensor becomes, and write nothing")
+    convert.set_defaults(run=_convert)
+
     wrap = commands.add_parser("wrap", help="give an image-LLM a video tokenizer and save the whole as a Hub folder")
-    wrap.add_argument("base", metavar="BASE", help="image-LLM: a Hub id or a folder in transformers' layout")
+    wrap.add_argument("base", metavar="BASE", help="image-LLM: a Hub id or a folder")
     wrap.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     wrap.add_argument("--num-frames", type=int, default=32, help="frames read from each video by default (32)")
     wrap.add_argument("--fps", type=float, help="frames a second by default; then --num-frames is the most")
@@ -120,6 +133,21 @@ def _check_free(folder: Path) -> None:
         raise ValueError(f"{folder} exists and is not an empty folder; choose another, nothing was written.")
 
 
+def _convert(args) -> None:
+    _check_free(args.out)
+    _say(f"reading {args.checkpoint}")
+    from linvt_hf.conversion import convert
+
+    plan = convert(args.checkpoint, args.out, revision=args.revision, dtype=args.dtype, dry_run=args.dry_run)
+    parameters = sum(math.prod(shape) for shape in plan.shapes.values())
+    written = "would be written" if args.dry_run else "written"
+    if args.dry_run:
+        print(plan)
+    print(
+        f"{args.out}: {len(plan.shapes):,} tensors, {parameters:,} parameters {written}, {len(plan.dropped)} dropped."
+    )
+
+
 def _wrap(args) -> None:
     _check_free(args.out)
     settings = dict(_setting(pair) for pair in args.set)
@@ -186,7 +214,7 @@ def _load(args):
     import torch
 
     from linvt_hf import LinVTForConditionalGeneration, LinVTProcessor, VideoQuestionAnsweringPipeline
-    from linvt_hf.conversion.wrap import load_config
+    from linvt_hf.conversion.loading import load_config
     from linvt_hf.training.adapter_files import is_adapter, load_adapter
 
     config = load_config(args.model)

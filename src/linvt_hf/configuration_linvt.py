@@ -9,9 +9,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_mipha import MiphaConfig
+from .configuration_molmo import MolmoConfig
 
 # Configs of bases that transformers lacks.
-OWN_CONFIGS = {config.model_type: config for config in (MiphaConfig,)}
+OWN_CONFIGS = {config.model_type: config for config in (MiphaConfig, MolmoConfig)}
 
 _LEAST = {
     "bottleneck_size": 1,
@@ -51,6 +52,8 @@ class LinVTConfig(PreTrainedConfig):
         queries_per_scale: learnable queries of each scale; their sum is the number of tokens the LLM sees.
         text_conditioning: whether the question is read. Off, a video's tokens are the same for every question.
         text_in_scores: whether the scores of SSS read it, too, and not TTA alone.
+        pool_frames: whether a base that pools the frames of its own videos does so here. LLaVA-OneVision and Aquila-VL
+            do, to 196 tokens a frame of 729.
         frames_per_chunk: frames that go through the vision encoder at once; bounds memory, changes no result.
         initializer_range: standard deviation of LinVT's freshly made weights.
 
@@ -82,6 +85,7 @@ class LinVTConfig(PreTrainedConfig):
     # Ours: what is kept of a video depends on what is asked. On `shapes` alone, one seed, in brackets without it:
     # after 500 steps 78.2 % (75.6 %), after 1,000 steps 83.3 % (83.9 %) at a loss of 0.195 (0.216).
     text_in_scores: bool = True
+    pool_frames: bool = True  # the base's own way
     frames_per_chunk: int = 32  # ours
     initializer_range: float | int = 0.02  # ours
 

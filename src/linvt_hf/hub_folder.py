@@ -90,9 +90,9 @@ class HubFolderMixin:
             card.write_text(model_card(self.config, self.training_text), encoding="utf-8")
 
 
-def copy_code(folder: Path) -> None:
-    """Writes into a folder what a process without this package needs: the model's file and all it imports."""
-    main = Path(__file__).with_name(f"{_MODEL.partition('.')[0]}.py")
+def copy_code(folder: Path, module: str = _MODEL.partition(".")[0]) -> None:
+    """Writes into a folder what a process without this package needs: a model's file and all it imports."""
+    main = Path(__file__).with_name(f"{module}.py")
     for source in map(Path, (main, *get_relative_import_files(main))):
         if source.resolve() != (folder / source.name).resolve():
             shutil.copy(source, folder)

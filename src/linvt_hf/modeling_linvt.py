@@ -70,7 +70,7 @@ class LinVTForConditionalGeneration(HubFolderMixin, LinVTPreTrainedModel, Genera
             raise ValueError("LinVTConfig has no base_config, so there is no image-LLM to build; give base_config.")
         self.base = build_image_llm(config.base_config) if base is None else base
         self.video_tokenizer = LinearVideoTokenizer(config)
-        self.image_llm = image_llm_of(config.base_config)
+        self.image_llm = image_llm_of(config.base_config, config.pool_frames)
         self.post_init()
 
     @classmethod
@@ -252,9 +252,12 @@ class LinVTForConditionalGeneration(HubFolderMixin, LinVTPreTrainedModel, Genera
         batch_num_images: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        image_masks: Tensor | None = None,
+        image_token_order: Tensor | None = None,
         frames_pixel_attention_mask: Tensor | None = None,
         frames_image_grid_thw: Tensor | None = None,
         frames_image_sizes: Tensor | None = None,
+        frames_image_masks: Tensor | None = None,
         frame_features: Tensor | None = None,
         frames_num_tokens: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -280,9 +283,12 @@ class LinVTForConditionalGeneration(HubFolderMixin, LinVTPreTrainedModel, Genera
             "batch_num_images": batch_num_images,
             "token_type_ids": token_type_ids,
             "mm_token_type_ids": mm_token_type_ids,
+            "image_masks": image_masks,
+            "image_token_order": image_token_order,
             "frames_pixel_attention_mask": frames_pixel_attention_mask,
             "frames_image_grid_thw": frames_image_grid_thw,
             "frames_image_sizes": frames_image_sizes,
+            "frames_image_masks": frames_image_masks,
             "frames_num_tokens": frames_num_tokens,
         }
         kwargs.update({name: value for name, value in named.items() if value is not None})

@@ -16,9 +16,11 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .processing_molmo import MolmoProcessor
 from .video_reading import Clip, is_one_video, read_video
 
 VIDEO_TOKEN = "<|linvt_video|>"
+OWN_PROCESSORS: dict[str, type[ProcessorMixin]] = {"MolmoProcessor": MolmoProcessor}
 
 # How each text input is padded in a batch; input_ids by the tokenizer's own padding token.
 _TEXT_PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
@@ -212,7 +214,7 @@ class LinVTProcessor(ProcessorMixin):
         """The base's own processor for text and images, around this one's tokenizer and image processor."""
         settings = dict(self.base_processor)
         name = settings.pop("processor_class")
-        processor_class = getattr(transformers, name, None)
+        processor_class = processor_class_of(name)
         if processor_class is None:
             raise ValueError(f"transformers {transformers.__version__} has no {name}, which this base's images need.")
         if "video_processor" in inspect.signature(processor_class.__init__).parameters:
@@ -361,6 +363,11 @@ class LinVTProcessor(ProcessorMixin):
         return [*base.model_input_names, *videos, *(f"frames_{name}" for name in self.frame_inputs)]
 
 
+def processor_class_of(name: str | None) -> type[ProcessorMixin] | None:
+    """A processor's class by name: one of ours, for bases that transformers lacks, or of transformers."""
+    return OWN_PROCESSORS.get(name) or getattr(transformers, name or "", None)
+
+
 @lru_cache(maxsize=16)
 def _turn_marks(template: str, special_tokens: tuple) -> tuple[str, str]:
     """Learned by rendering: user says A, assistant says B, user says C; the marks are what both user turns share."""
@@ -373,15 +380,25 @@ def _turn_marks(template: str, special_tokens: tuple) -> tuple[str, str]:
         )
         return rendered[0]
 
+    # What begins a conversation or ends an answer stands before a turn and belongs to none. As one character, of no
+    # text, it is shared by two turns as a whole or not at all, and can be left out.
+    tokens = dict(special_tokens)
+    ends = {tokens[name]: sign for name, sign in (("bos_token", "\ue000"), ("eos_token", "\ue001")) if name in tokens}
+
     for as_blocks in (True, False):
         try:
-            parts = re.fullmatch("(.*)LINVTA(.*)LINVTB(.*)LINVTC(.*)", render(as_blocks), flags=re.DOTALL)
+            rendered = render(as_blocks)
         except Exception:  # a template may refuse either form of content in whatever way it likes
             continue
-        if parts:
+        for token, sign in ends.items():
+            rendered = rendered.replace(token, sign)
+        if parts := re.fullmatch("(.*)LINVTA(.*)LINVTB(.*)LINVTC(.*)", rendered, flags=re.DOTALL):
             first, answer, second, last = parts.groups()
             header = os.path.commonprefix([first[::-1], second[::-1]])[::-1]
-            return header, os.path.commonprefix([answer, last])
+            footer = os.path.commonprefix([answer, last])
+            for token, sign in ends.items():
+                header, footer = header.rpartition(sign)[2], footer.replace(sign, token)
+            return header, footer
     return "", ""
 
 

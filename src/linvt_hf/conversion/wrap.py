@@ -1,31 +1,18 @@
-"""`wrap`: an image-LLM of transformers, wherever it is, to a LinVT model and its processor."""
+"""`wrap`: an image-LLM, wherever it is, to a LinVT model and its processor."""
 
 import inspect
 import re
 from pathlib import Path
 
-import transformers
 from tokenizers import AddedToken
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
-
-# From its module: the name in transformers 5.17 itself asks for torchvision.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-from transformers.utils import CONFIG_NAME, cached_file, logging
-from transformers.utils.hub import extract_commit_hash
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
 
 from ..configuration_linvt import LinVTConfig, check_fields
-from ..image_llm import OWN_MODELS, ImageLLM, check_loaded, image_llm_of
+from ..image_llm import ImageLLM, image_llm_of
 from ..modeling_linvt import LinVTForConditionalGeneration
 from ..processing_linvt import VIDEO_TOKEN, LinVTProcessor, chat_template_with_videos
+from .loading import load_base, load_processor_parts
 
 logger = logging.get_logger(__name__)
 
@@ -64,7 +51,7 @@ def wrap(
     Gives an image-LLM a fresh LinVT video tokenizer. The base's weights stay as they are.
 
     Args:
-        base: the image-LLM: a model, a Hub id, or a folder in transformers' native layout.
+        base: the image-LLM: a model, a Hub id, or a folder, in transformers' layout or as its makers published it.
         processor: the base's processor, or where it is; by default where `base` is. Needed if `base` is a model.
         video_token: the token that stands for a video. By default a new one, if the base's embedding table has a free
             row for it; otherwise one that the base's tokenizer keeps unused.
@@ -92,14 +79,14 @@ def wrap(
         model = load_base(base, **(model_kwargs or {}))
     if isinstance(model.config, LinVTConfig) or isinstance(processor, LinVTProcessor):
         raise ValueError("This is a LinVT model or processor already; wrap the image-LLM and its own processor.")
-    image_llm = image_llm_of(model.config)
+    image_llm = image_llm_of(model.config, settings.get("pool_frames", True))
     if not hasattr(model, "get_image_features"):
         raise ValueError(
             f"{type(model).__name__} has no get_image_features, so LinVT cannot reach its visual tokens; wrap a model "
             "of AutoModelForImageTextToText."
         )
 
-    image_processor, tokenizer, base_processor, chat_template = _processor_parts(processor, model, revision)
+    image_processor, tokenizer, base_processor, chat_template = load_processor_parts(processor, model, revision)
     video_token = _add_video_token(tokenizer, model, image_llm, video_token)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -131,56 +118,6 @@ def wrap(
     )
 
 
-def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConfig:
-    """
-    A model's config, with its commit if it lies on the Hub. Raises `OSError` for one that is not there, `ValueError`
-    for one that needs code of its own.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-        # transformers 5.17 notes it, 5.23 does not.
-        config._commit_hash = extract_commit_hash(cached_file(path, CONFIG_NAME, revision=revision), None)
-    except (OSError, ValueError) as error:
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"There is no model at {path} that can be loaded: {str(error).splitlines()[0]}") from error
-    return config
-
-
-def load_base(path: str | Path, **model_kwargs) -> PreTrainedModel:
-    """An image-LLM or a LinVT model, from a Hub id or a folder. A tensor too few or too many is an error naming it."""
-    config = load_config(path, model_kwargs.get("revision"))
-    own_models = {**OWN_MODELS, LinVTConfig.model_type: LinVTForConditionalGeneration}
-    model_class = own_models.get(config.model_type, AutoModelForImageTextToText)
-    model, info = model_class.from_pretrained(path, output_loading_info=True, **model_kwargs)
-    check_loaded(info, path)
-    model.config._commit_hash = config._commit_hash
-    return model
-
-
-def _processor_parts(processor, model: PreTrainedModel, revision: str | None = None):
-    """Image processor, tokenizer, the base's processor class with its own settings, and chat template."""
-    if isinstance(processor, ProcessorMixin):
-        image_processor, tokenizer = processor.image_processor, processor.tokenizer
-        name, saved, chat_template = type(processor).__name__, processor.to_dict(), processor.chat_template
-    else:
-        # In parts, because many processors drag in a video processor that cannot exist without torchvision.
-        image_processor = AutoImageProcessor.from_pretrained(processor, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(processor, revision=revision)
-        saved, _ = ProcessorMixin.get_processor_dict(processor, revision=revision)
-        name = saved.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(model.config.model_type)
-        chat_template = saved.get("chat_template")
-    processor_class = getattr(transformers, name or "", None)
-    settings = None
-    if processor_class is not None:
-        given = inspect.signature(processor_class.__init__).parameters.keys()
-        own = given - {"self", "args", "kwargs", "image_processor", "tokenizer", "video_processor", "chat_template"}
-        settings = {"processor_class": name, **{key: saved[key] for key in sorted(own) if key in saved}}
-    chat_template = chat_template or tokenizer.chat_template
-    if isinstance(chat_template, dict):
-        chat_template = chat_template.get("default")
-    return image_processor, tokenizer, settings, chat_template
-
-
 def _add_video_token(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, image_llm: ImageLLM, wanted: str | None
 ) -> str:
@@ -210,4 +147,4 @@ def _frame_inputs(image_llm: ImageLLM, model: PreTrainedModel, image_processor) 
     return [name for name in image_processor.model_input_names if name != "pixel_values" and name in parameters]
 
 
-__all__ = ["load_base", "load_config", "wrap"]
+__all__ = ["wrap"]

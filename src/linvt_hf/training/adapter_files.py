@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..configuration_linvt import LinVTConfig, is_hub_id
-from ..conversion.wrap import load_base
+from ..conversion.loading import load_base
 from ..modeling_linvt import LinVTForConditionalGeneration
 from ..processing_linvt import LinVTProcessor
 from .adapters import ADAPTER, add_projector, inject_lora, lora_config

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from ..conversion.wrap import load_base, load_config, wrap
+from ..conversion import wrap
+from ..conversion.loading import load_base, load_config
 from ..modeling_linvt import LinVTForConditionalGeneration
 from ..processing_linvt import LinVTProcessor
 from .adapter_files import is_adapter, load_adapter

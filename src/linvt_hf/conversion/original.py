@@ -1,0 +1,98 @@
+"""`Original`: what converting an image-LLM from its makers' layout takes. A base's module says it for that base."""
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
+
+# From its module: the name in transformers 5.17 itself asks for torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from .checkpoint import Checkpoint
+from .rules import Drop, Rule
+
+# Begins a chat template: `words` writes a turn's texts, and in an image's place what `picture` holds.
+WORDS = """\
+{%- macro words(content, picture) -%}
+{%- if content is string -%}{{ content }}
+{%- else -%}
+{%- for block in content -%}
+{%- if block['type'] == 'image' -%}{{ picture }}
+{%- elif block['type'] == 'text' -%}{{ block['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+"""
+
+
+class ProcessorParts(NamedTuple):
+    """
+    What turns texts and images into a base's inputs.
+
+    settings: of the base's processor class, with its name as `processor_class`; None if it has none.
+    tokenizer: None where a checkpoint comes without.
+    """
+
+    image_processor: BaseImageProcessor
+    tokenizer: PreTrainedTokenizerBase | None
+    settings: dict | None
+    chat_template: str | None
+
+
+class Original:
+    """
+    One of the image-LLMs, as it was published. Everything here is read from a checkpoint's config.json, its tensors'
+    shapes and its tokenizer files; none of its code is run.
+    """
+
+    name: str
+    # Ends a turn, and with it an answer.
+    end_of_turn: str
+    # Whether transformers itself reads the published files.
+    native = False
+
+    def claims(self, config: dict) -> bool:
+        """Whether a config.json is one of this base."""
+        raise NotImplementedError
+
+    def config(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
+        raise NotImplementedError
+
+    def rules(self, checkpoint: Checkpoint) -> Iterable[Rule | Drop]:
+        raise NotImplementedError
+
+    def tokenizer(self, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+        """The checkpoint's own, if it has one of a kind that transformers knows, with what the model needs added."""
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+
+    def parts(
+        self, checkpoint: Checkpoint, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+    ) -> ProcessorParts:
+        raise NotImplementedError
+
+    def stops(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Ids that end an answer."""
+        return [tokenizer.convert_tokens_to_ids(self.end_of_turn)]
+
+
+def make_image_processor(kind: str, **settings) -> BaseImageProcessor:
+    """One of transformers' own, of the class that works here: with torchvision, or with PIL."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "preprocessor_config.json"
+        file.write_text(json.dumps({"image_processor_type": kind, **settings}), encoding="utf-8")
+        return AutoImageProcessor.from_pretrained(folder)
+
+
+def taken(config: dict, *names: str) -> dict:
+    """Those of the named fields that a config has."""
+    return {name: config[name] for name in names if config.get(name) is not None}
+
+
+def layers(checkpoint: Checkpoint, prefix: str) -> int:
+    """How many numbered layers there are under a prefix."""
+    return len({name[len(prefix) :].split(".")[0] for name in checkpoint.shapes if name.startswith(prefix)})
