@@ -28,6 +28,7 @@ from linvt_hf.training.preparation import load_model
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS = {
     **dict.fromkeys([*NAMED, *UNNAMED], LLAMA),
+    "blip3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     "internvl_phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     "mipha": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
 }

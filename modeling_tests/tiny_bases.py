@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from linvt_hf.configuration_linvt import OWN_CONFIGS
 from linvt_hf.image_llm import build_image_llm
+from linvt_hf.processing_blip3 import CHAT_TEMPLATE as BLIP3_CHAT_TEMPLATE
 from linvt_hf.processing_molmo import MOLMO_CHAT_TEMPLATE
 
 VOCAB = 320
@@ -66,7 +67,8 @@ class TinyBase:
 
     @property
     def end_of_turn(self) -> str:
-        return "</s>" if "</s>" in self.chat_template or "eos_token" in self.chat_template else "<|im_end|>"
+        marks = {"eos_token": "</s>", "</s>": "</s>", "<|end|>": "<|end|>", "<|im_end|>": "<|im_end|>"}
+        return next(end for mark, end in marks.items() if mark in self.chat_template)
 
 
 def tiny_tokenizer(base: TinyBase) -> PreTrainedTokenizerFast:
@@ -248,6 +250,22 @@ TINY_BASES: dict[str, TinyBase] = {
         processor={"processor_class": "LlavaProcessor", "patch_size": 7, "vision_feature_select_strategy": "full"},
         chat_template=VICUNA,
     ),
+    "blip3": TinyBase(
+        config="Blip3Config",
+        fields={
+            "vision_config": SIGLIP,
+            "text_config": {**LLM, "model_type": "phi3", "num_key_value_heads": 4},
+            "image_token_id": "<image>",
+            "num_image_tokens": 4,
+            "resampler_depth": 2,
+            "resampler_heads": 2,
+            "resampler_head_dim": 12,
+        },
+        image_processor={"image_processor_type": "Blip3ImageProcessor", "size": {"height": 28, "width": 28}},
+        processor={"processor_class": "Blip3Processor", "num_image_tokens": 4},
+        special={"end": "<|end|>"},
+        chat_template=BLIP3_CHAT_TEMPLATE,
+    ),
     "molmo": TinyBase(
         config="MolmoConfig",
         fields={
@@ -419,7 +437,7 @@ TINY_BASES: dict[str, TinyBase] = {
         chat_template=CHATML.replace("IMAGE", "<|vision_start|>IMAGE<|vision_end|>"),
     ),
 }
-NAMED = ["qwen2_vl", "internvl_qwen2", "internvl_llama", "internvl_phi3", "llava_onevision", "mipha", "molmo"]
+NAMED = ["qwen2_vl", "internvl_qwen2", "internvl_llama", "internvl_phi3", "llava_onevision", "mipha", "blip3", "molmo"]
 UNNAMED = ["qwen2_5_vl", "llava", "smolvlm", "idefics3", "gemma3", "paligemma", "mistral3"]
 
 # LinVT at toy size; k below the tokens of a test video, so that top-k has something to leave out.

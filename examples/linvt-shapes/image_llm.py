@@ -15,10 +15,14 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from .configuration_linvt import square_grid
+from .modeling_blip3 import Blip3ForConditionalGeneration
 from .modeling_mipha import MiphaForConditionalGeneration
 from .modeling_molmo import MolmoForConditionalGeneration
 
-OWN_MODELS = {"mipha": MiphaForConditionalGeneration, "molmo_v1": MolmoForConditionalGeneration}
+OWN_MODELS = {
+    model.config_class.model_type: model
+    for model in (Blip3ForConditionalGeneration, MiphaForConditionalGeneration, MolmoForConditionalGeneration)
+}
 
 
 class ImageLLM:
@@ -145,6 +149,15 @@ class LlavaOnevision(ImageLLM):
         return tokens[: len(pixel_values) * places].unflatten(0, (-1, places))
 
 
+class Blip3(ImageLLM):
+    """A frame is one tile, squashed."""
+
+    frame_kwargs = {"image_aspect_ratio": "squash"}
+
+    def features(self, base, pixel_values):
+        return super().features(base, pixel_values[:, 0])
+
+
 class Molmo(ImageLLM):
     """A frame is its global crop. The language model is used to visual tokens on top of their placeholder."""
 
@@ -177,6 +190,7 @@ BASES: dict[str, ImageLLM] = {
     "qwen3_vl": Qwen3VL(),
     "internvl": InternVL(),
     "llava_onevision": LlavaOnevision(),
+    "blip3": Blip3(),
     "molmo_v1": Molmo(),
     "gemma3": Gemma3(),
     "paligemma": PaliGemma(),

@@ -16,11 +16,12 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .processing_blip3 import Blip3Processor
 from .processing_molmo import MolmoProcessor
 from .video_reading import Clip, is_one_video, read_video
 
 VIDEO_TOKEN = "<|linvt_video|>"
-OWN_PROCESSORS: dict[str, type[ProcessorMixin]] = {"MolmoProcessor": MolmoProcessor}
+OWN_PROCESSORS = {processor.__name__: processor for processor in (Blip3Processor, MolmoProcessor)}
 
 # How each text input is padded in a batch; input_ids by the tokenizer's own padding token.
 _TEXT_PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}

@@ -8,11 +8,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .configuration_blip3 import Blip3Config
 from .configuration_mipha import MiphaConfig
 from .configuration_molmo import MolmoConfig
 
 # Configs of bases that transformers lacks.
-OWN_CONFIGS = {config.model_type: config for config in (MiphaConfig, MolmoConfig)}
+OWN_CONFIGS = {config.model_type: config for config in (Blip3Config, MiphaConfig, MolmoConfig)}
 
 _LEAST = {
     "bottleneck_size": 1,

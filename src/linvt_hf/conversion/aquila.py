@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 
 
 class Aquila(Original):
-    name = "aquila"
+    name = "Aquila-VL"
     end_of_turn = "<|im_end|>"
 
     def claims(self, config):
@@ -79,7 +79,7 @@ class Aquila(Original):
         )
 
     def tokenizer(self, checkpoint):
-        tokenizer = super().tokenizer(checkpoint)
+        tokenizer = self.load_tokenizer(checkpoint)
         tokenizer.add_special_tokens({"extra_special_tokens": ["<image>", "<video>"]})
         return tokenizer
 
@@ -104,15 +104,14 @@ class Aquila(Original):
 
 
 def _vision_config(checkpoint: Checkpoint) -> SiglipVisionConfig:
-    """Read from the tensors, as the config only names the tower."""
+    """Read from the tensors, as the config only names the tower; its image is a tile of the grids."""
     width, _, patch, _ = checkpoint.shapes[f"{_TOWER}.embeddings.patch_embedding.weight"]
-    places, _ = checkpoint.shapes[f"{_TOWER}.embeddings.position_embedding.weight"]
     return SiglipVisionConfig(
         hidden_size=width,
         intermediate_size=checkpoint.shapes[f"{_TOWER}.encoder.layers.0.mlp.fc1.weight"][0],
         num_hidden_layers=layers(checkpoint, f"{_TOWER}.encoder.layers."),
         num_attention_heads=_HEADS,
-        image_size=patch * round(places**0.5),
+        image_size=min(map(min, checkpoint.config["image_grid_pinpoints"])),
         patch_size=patch,
         vision_use_head=any(name.startswith(f"{_TOWER}.head.") for name in checkpoint.shapes),
     )

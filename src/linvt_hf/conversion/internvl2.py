@@ -39,17 +39,25 @@ _VISION = (
 _SYSTEM = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 )
+# What transformers' processor calls them. No prompt holds a video of the base's own; </quad> ends a box otherwise.
+_NAMED_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "</quad>",
+}
 # The published code ends a turn with its separator and no new line, unlike that of later InternVLs.
 _CHATML = ("<|im_start|>{role}\\n", "<|im_end|>")
-_PHI3 = ("<|{role}|>\\n", "<|end|>")
+_PHI3 = ("<|{role}|>\\n", "<|end|>", " ")  # the blank that its tokenizer put in front of everything
 
 
-def _chat_template(begin: str, end: str) -> str:
+def _chat_template(begin: str, end: str, blank: str = "") -> str:
     before, after = begin.split("{role}")
     return (
         WORDS
         + f"""\
 {{%- macro turn(role, text) -%}}{{{{ '{before}' + role + '{after}' + text + '{end}' }}}}{{%- endmacro -%}}
+{{{{ '{blank}' }}}}
 {{%- if messages[0]['role'] != 'system' -%}}{{{{ turn('system', '{_SYSTEM}') }}}}{{%- endif -%}}
 {{%- for message in messages -%}}
 {{{{ turn(message['role'], words(message['content'], '<IMG_CONTEXT>\\n')) }}}}
@@ -60,7 +68,7 @@ def _chat_template(begin: str, end: str) -> str:
 
 
 class InternVL2(Original):
-    name = "internvl2"
+    name = "InternVL2"
     end_of_turn = "<|im_end|>"
 
     def claims(self, config):
@@ -82,7 +90,6 @@ class InternVL2(Original):
                 attention_bias=vision["qkv_bias"],
                 use_qk_norm=vision["qk_normalization"],
                 norm_type=vision.get("norm_type", "layer_norm"),
-                use_mean_pooling=False,
             ),
             text_config=text_config,
             image_token_id=image_token,
@@ -119,18 +126,8 @@ class InternVL2(Original):
     def tokenizer(self, checkpoint):
         model = checkpoint.file("tokenizer.model")
         if model is None or checkpoint.file("tokenizer.json") is not None:
-            tokenizer = super().tokenizer(checkpoint)
-        else:
-            tokenizer = tokenizer_of_pieces(model, checkpoint.json("tokenizer_config.json"))
-        # What transformers' processor calls them. No prompt holds a video of its own: </quad> marks boxes.
-        named = {
-            "start_image_token": "<img>",
-            "end_image_token": "</img>",
-            "context_image_token": "<IMG_CONTEXT>",
-            "video_token": "</quad>",
-        }
-        tokenizer.add_special_tokens({"extra_special_tokens": named})
-        return tokenizer
+            return self.load_tokenizer(checkpoint, extra_special_tokens=_NAMED_TOKENS)
+        return tokenizer_of_pieces(model, checkpoint.json("tokenizer_config.json"), extra_special_tokens=_NAMED_TOKENS)
 
     def parts(self, checkpoint, config, tokenizer):
         published = checkpoint.config

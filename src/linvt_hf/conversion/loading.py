@@ -42,8 +42,8 @@ def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConf
         first = str(error).splitlines()[0]
         if "trust_remote_code" in str(error) or "custom code" in first:
             raise ValueError(
-                f"{path} runs only with code of its own, which is not run here, and it is none of the published "
-                f"models that can be converted ({KNOWN})."
+                f"{path} runs only with code of its own, which is not run here, and it is none of those that can be "
+                f"converted: {KNOWN}."
             ) from error
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"There is no model at {path} that can be loaded: {first}") from error

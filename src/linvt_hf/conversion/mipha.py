@@ -54,7 +54,7 @@ detailed, and polite answers to the user's questions." }}
 
 
 class Mipha(Original):
-    name = "mipha"
+    name = "Mipha"
     end_of_turn = "<|endoftext|>"
 
     def claims(self, config):
@@ -101,7 +101,7 @@ class Mipha(Original):
         )
 
     def tokenizer(self, checkpoint):
-        tokenizer = super().tokenizer(checkpoint)
+        tokenizer = self.load_tokenizer(checkpoint)
         # As a token of its own it cuts the prompt where the original does: what stands before and after an image is
         # made into tokens apart.
         tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})

@@ -23,7 +23,7 @@ _IMAGE_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>"
 
 
 class Molmo(Original):
-    name = "molmo"
+    name = "Molmo"
     end_of_turn = "<|endoftext|>"
 
     def claims(self, config):
@@ -49,7 +49,7 @@ class Molmo(Original):
 
     def tokenizer(self, checkpoint):
         """The ids of what Molmo added must be where its tables have them; some files number them from elsewhere."""
-        tokenizer = super().tokenizer(checkpoint)
+        tokenizer = self.load_tokenizer(checkpoint)
         first = _fields(checkpoint)["vocab_size"]
         found = tokenizer.convert_tokens_to_ids(list(_IMAGE_TOKENS))
         if found != list(range(first, first + len(_IMAGE_TOKENS))):

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -15,6 +16,15 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from .checkpoint import Checkpoint
 from .rules import Drop, Rule
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
 # Begins a chat template: `words` writes a turn's texts, and in an image's place what `picture` holds.
 WORDS = """\
 {%- macro words(content, picture) -%}
@@ -67,8 +77,24 @@ class Original:
         raise NotImplementedError
 
     def tokenizer(self, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-        """The checkpoint's own, if it has one of a kind that transformers knows, with what the model needs added."""
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        """The checkpoint's own, with what the model needs added."""
+        return self.load_tokenizer(checkpoint)
+
+    @staticmethod
+    def load_tokenizer(checkpoint: Checkpoint, **kwargs) -> PreTrainedTokenizerBase:
+        """A tokenizer of a kind that transformers knows. kwargs: of its `from_pretrained`."""
+        # Without config.json, whose model type transformers would look up in vain.
+        with tempfile.TemporaryDirectory() as folder:
+            for name in TOKENIZER_FILES:
+                if (file := checkpoint.file(name)) is not None:
+                    (Path(folder) / name).symlink_to(file.resolve())
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
+        settings = checkpoint.json("tokenizer_config.json")
+        if settings.get("tokenizer_class", "").startswith("LlamaTokenizer") and settings.get("legacy") is False:
+            # The tokenizer that Phi-3's models were trained with writes no blank where a text goes on after a special
+            # token; what transformers 5 makes of its files does. The templates write the one at the very beginning.
+            tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        return tokenizer
 
     def parts(
         self, checkpoint: Checkpoint, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None

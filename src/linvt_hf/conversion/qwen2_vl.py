@@ -7,12 +7,12 @@ from .rules import Rule
 
 
 class Qwen2VL(Original):
-    name = "qwen2_vl"
+    name = "Qwen2-VL"
     end_of_turn = "<|im_end|>"
     native = True
 
     def claims(self, config):
-        return config.get("model_type") == self.name
+        return config.get("model_type") == "qwen2_vl"
 
     def config(self, checkpoint, tokenizer):
         return Qwen2VLConfig.from_dict(checkpoint.config)

@@ -1,0 +1,399 @@
+"""BLIP-3 as an image-LLM of transformers: SigLIP or CLIP, a perceiver resampler and Phi-3."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from .configuration_blip3 import Blip3Config, select_grid
+
+
+class Blip3PerceiverAttention(nn.Module):
+    """The latents ask; a tile's patches and the latents themselves answer."""
+
+    def __init__(self, config: Blip3Config):
+        super().__init__()
+        width = config.vision_config.hidden_size
+        inner = config.resampler_heads * config.resampler_head_dim
+        self.heads = config.resampler_heads
+        self.norm_media = nn.LayerNorm(width)
+        self.norm_latents = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+
+    def forward(self, latents: Tensor, patches: Tensor, mask: Tensor | None = None) -> Tensor:
+        """latents: [B, L, C]; patches: [B, P, C]; mask: [B, 1, 1, P + L], True where to look."""
+        latents = self.norm_latents(latents)
+        keys_values = self.to_kv(torch.cat([self.norm_media(patches), latents], dim=1))  # [B, P + L, 2 * inner]
+        q = rearrange(self.to_q(latents), "b n (h d) -> b h n d", h=self.heads)
+        k, v = rearrange(keys_values, "b n (two h d) -> two b h n d", two=2, h=self.heads)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
+
+
+class Blip3FeedForward(nn.Module):
+    def __init__(self, config: Blip3Config):
+        super().__init__()
+        width = config.vision_config.hidden_size
+        self.norm = nn.LayerNorm(width)
+        self.up_proj = nn.Linear(width, config.resampler_ff_mult * width, bias=False)
+        self.down_proj = nn.Linear(config.resampler_ff_mult * width, width, bias=False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(self.norm(latents))))
+
+
+class Blip3ResamplerLayer(GradientCheckpointingLayer):
+    def __init__(self, config: Blip3Config):
+        super().__init__()
+        self.attention = Blip3PerceiverAttention(config)
+        self.feed_forward = Blip3FeedForward(config)
+
+    def forward(self, latents: Tensor, patches: Tensor, mask: Tensor | None = None) -> Tensor:
+        latents = latents + self.attention(latents, patches, mask)
+        return latents + self.feed_forward(latents)
+
+
+class Blip3PerceiverResampler(nn.Module):
+    """A tile's patches to a fixed number of visual tokens of the language model's width."""
+
+    def __init__(self, config: Blip3Config):
+        super().__init__()
+        width = config.vision_config.hidden_size
+        self.latents = nn.Parameter(torch.zeros(config.num_image_tokens, width))
+        self.layers = nn.ModuleList(Blip3ResamplerLayer(config) for _ in range(config.resampler_depth))
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, config.text_config.hidden_size)
+
+    def forward(self, patches: Tensor, mask: Tensor | None = None) -> Tensor:
+        """patches: [tiles, P, C]; mask: [tiles, P], True for patches that are no padding -> [tiles, L, D]."""
+        latents = self.latents.expand(len(patches), -1, -1)
+        if mask is not None:
+            mask = F.pad(mask, (0, latents.shape[1]), value=True)[:, None, None]  # [tiles, 1, 1, P + L]
+        for layer in self.layers:
+            latents = layer(latents, patches, mask)
+        return self.projection(self.norm(latents))
+
+
+class Blip3PreTrainedModel(PreTrainedModel):
+    config_class = Blip3Config
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["Blip3PerceiverResampler"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Blip3PerceiverResampler):
+            init.normal_(module.latents)
+
+
+class Blip3Model(Blip3PreTrainedModel):
+    """BLIP-3 (github.com/salesforce/LAVIS, branch xgen-mm, arXiv 2408.08872) without its output head."""
+
+    def __init__(self, config: Blip3Config):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = Blip3PerceiverResampler(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """
+        The visual tokens of images.
+
+        Args:
+            pixel_values: [images, 3, H, W], one tile each, as for a video's frames; or [images, tiles, 3, H, W], of
+                each image the whole and, with more tiles than one, its crops. Tiles beyond those of an image's grid
+                are padding of a batch.
+            image_sizes: [images, 2], height and width of each image before it was cut; crops need it.
+
+        Returns the tower's output for all tiles, with the visual tokens as `pooler_output`: [images, 128, D] for one
+        tile each, otherwise one [128 * (1 + crops), D] an image.
+
+        Raises `ValueError` for crops without `image_sizes`, or fewer tiles than an image's grid has.
+        """
+        pixel_values = pixel_values.to(self.vision_tower.dtype)
+        grids = self._grids(pixel_values, image_sizes)
+        if grids is None:
+            output = self.vision_tower(pixel_values.flatten(0, -4), return_dict=True, **kwargs)
+            output.pooler_output = self.multi_modal_projector(self._patches(output.last_hidden_state))
+            return output
+        tiles = [1 + columns * rows for columns, rows in grids]
+        real = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
+        output = self.vision_tower(real, return_dict=True, **kwargs)  # [all tiles, P, C]
+        patches, masks = [], []
+        images = self._patches(output.last_hidden_state).split(tiles)
+        for image, grid, size in zip(images, grids, image_sizes.tolist(), strict=True):
+            patches.append(regroup_crops(image, grid))
+            masks.append(real_patches(size, grid, image.shape[1]))
+        mask = torch.cat(masks).to(real.device)
+        tokens = self.multi_modal_projector(torch.cat(patches), mask)  # [all tiles, 128, D]
+        output.pooler_output = tuple(image.flatten(0, 1) for image in tokens.split(tiles))
+        return output
+
+    def _grids(self, pixel_values: Tensor, image_sizes: Tensor | None) -> list[tuple[int, int]] | None:
+        """Each image's columns and rows of crops; None if there is one tile an image and so no crops."""
+        if pixel_values.ndim == 4 or pixel_values.shape[1] == 1:
+            return None
+        images, tiles = pixel_values.shape[:2]
+        if image_sizes is None or len(image_sizes) != images:
+            given = "none" if image_sizes is None else len(image_sizes)
+            raise ValueError(
+                f"pixel_values has crops of {images} images, but there are {given} image_sizes; pass the processor's "
+                "output unchanged."
+            )
+        side, allowed = self.config.vision_config.image_size, self.config.anyres_grids
+        grids = [select_grid(height, width, side, allowed) for height, width in image_sizes.tolist()]
+        most = max(1 + columns * rows for columns, rows in grids)
+        if most > tiles:
+            raise ValueError(
+                f"pixel_values has {tiles} tiles an image, but image_sizes and config.anyres_grids ask for {most}; "
+                "pass the processor's output unchanged, and give both the same anyres_grids."
+            )
+        return grids
+
+    def _patches(self, hidden_state: Tensor) -> Tensor:
+        """What the resampler reads of the tower's last hidden state: every patch, normalised, without CLS."""
+        if self.config.vision_config.model_type == "clip_vision_model":  # which normalises its CLS alone
+            return self.vision_tower.post_layernorm(hidden_state[:, 1:])
+        return hidden_state
+
+    def image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Where visual tokens go, [B, S]; without ids, as in transformers, a placeholder's embedding tells."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LlavaModelOutputWithPast:
+        """
+        Args:
+            input_ids: [B, S], with `config.image_token_id` at each visual token's place.
+            pixel_values, image_sizes: see `get_image_features`; the images of all prompts one after another.
+
+        Raises `ValueError` when visual tokens and places for them do not match in number.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds; both or neither were given.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_tokens = None
+        if pixel_values is not None:
+            features = self.get_image_features(pixel_values, image_sizes, return_dict=True).pooler_output
+            image_tokens = torch.cat(tuple(features)).to(inputs_embeds)  # [places, D]
+            places = self.image_places(input_ids, inputs_embeds)
+            if not torch.compiler.is_compiling() and (found := int(places.sum())) != len(image_tokens):
+                raise ValueError(
+                    f"The prompts hold {found} places for visual tokens, but the images make {len(image_tokens)}; "
+                    "pass the processor's output unchanged."
+                )
+            inputs_embeds = inputs_embeds.masked_scatter(places[..., None], image_tokens)
+        output = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return LlavaModelOutputWithPast(
+            last_hidden_state=output.last_hidden_state,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            image_hidden_states=image_tokens,
+        )
+
+
+class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
+    """BLIP-3 with its output head, which has a bias, unlike Phi-3's own."""
+
+    _auto_class = "AutoModelForImageTextToText"
+
+    def __init__(self, config: Blip3Config):
+        super().__init__(config)
+        self.model = Blip3Model(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=True)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.lm_head = value
+
+    def get_image_features(
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """See `Blip3Model.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_sizes, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LlavaCausalLMOutputWithPast:
+        """
+        Logits, and the loss if `labels` [B, S] are given (-100 where nothing is learned). For the other arguments see
+        `Blip3Model.forward`.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            image_hidden_states=output.image_hidden_states,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        inputs_embeds=None,
+        pixel_values=None,
+        image_sizes=None,
+        is_first_iteration=False,
+        use_cache=True,
+        **kwargs,
+    ):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        if is_first_iteration or not use_cache:  # later the images are in the cache
+            model_inputs.update(pixel_values=pixel_values, image_sizes=image_sizes)
+        return model_inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Beams and samples: each prompt's images stay together, instead of each image being repeated alone."""
+        images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_sizes")}
+        images = {name: value for name, value in images.items() if value is not None}
+        if "pixel_values" in images and expand_size > 1:
+            ids = input_ids if input_ids is not None and input_ids.shape[1] else None
+            places = self.model.image_places(ids, model_kwargs.get("inputs_embeds"))
+            ends = places.sum(dim=1).cumsum(0).cpu()  # [B]
+            grids = self.model._grids(**{"image_sizes": None, **images})
+            tiles = [1] * len(images["pixel_values"]) if grids is None else [1 + c * r for c, r in grids]
+            prompt = torch.searchsorted(ends, torch.tensor(tiles).cumsum(0) * self.config.num_image_tokens)
+            rows = [(prompt == index).nonzero()[:, 0] for index in range(len(ends))]
+            rows = torch.cat([row for row in rows for _ in range(expand_size)])
+            images = {name: value[rows.to(value.device)] for name, value in images.items()}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **images}
+
+
+def regroup_crops(image: Tensor, grid: tuple[int, int]) -> Tensor:
+    """
+    The patches of one image's tiles, grouped as they are resampled: [1 + crops, P, C] -> the same.
+
+    As released, the crops are laid side by side and their patches counted off row by row. Where a grid has two
+    columns or more, a group so is a band across all of them, and no crop. The weights were trained with this.
+    """
+    columns, rows = grid
+    side = round(image.shape[1] ** 0.5)
+    laid_out = rearrange(image[1:], "(r c) (h w) d -> (r h c w) d", r=rows, c=columns, h=side)
+    return torch.cat([image[:1], laid_out.unflatten(0, (columns * rows, -1))])
+
+
+def real_patches(size: tuple[int, int], grid: tuple[int, int], patches: int) -> Tensor:
+    """
+    Which patches, grouped as by `regroup_crops`, are no padding: [1 + crops, P].
+
+    Args:
+        size: height and width of the image before it was cut.
+        grid: columns and rows of crops.
+        patches: of a tile, P.
+    """
+    (height, width), (columns, rows) = size, grid
+    side = round(patches**0.5)
+    whole = torch.ones(1, patches, dtype=torch.bool)
+    inside = torch.zeros(rows * side, columns * side, dtype=torch.bool)
+    # Rounded as in training; it may differ from the pixels' own padding by a patch.
+    if width / height > columns / rows:
+        padding = (rows * side - int(height * (columns * side / width))) // 2
+        inside[padding : rows * side - padding] = True
+    else:
+        padding = (columns * side - int(width * (rows * side / height))) // 2
+        inside[:, padding : columns * side - padding] = True
+    return torch.cat([whole, inside.reshape(columns * rows, patches)])
+
+
+AutoConfig.register("blip3", Blip3Config, exist_ok=True)
+AutoModelForImageTextToText.register(Blip3Config, Blip3ForConditionalGeneration, exist_ok=True)
+
+__all__ = ["Blip3ForConditionalGeneration", "Blip3Model", "Blip3PreTrainedModel"]
