@@ -36,7 +36,7 @@ def tiny_processor(**settings) -> Blip3Processor:
     return Blip3Processor(images, tokenizer, chat_template=CHAT_TEMPLATE, num_image_tokens=LATENTS)
 
 
-def tiny_model(tower: str = "siglip") -> Blip3ForConditionalGeneration:
+def tiny_model(tower: str = "siglip", **settings) -> Blip3ForConditionalGeneration:
     config = Blip3Config(
         vision_config=TOWERS[tower],
         text_config={**LLM, "model_type": "phi3", "num_key_value_heads": 4},
@@ -45,6 +45,7 @@ def tiny_model(tower: str = "siglip") -> Blip3ForConditionalGeneration:
         resampler_depth=2,
         resampler_heads=2,
         resampler_head_dim=8,
+        **settings,
     )
     torch.manual_seed(0)
     model = Blip3ForConditionalGeneration(config).eval()
@@ -124,6 +125,96 @@ def test_a_tower_or_an_aspect_ratio_it_does_not_know():
         Blip3Config(vision_config={"model_type": "dinov2"})
     with pytest.raises(ValueError, match="'stretch'; it must be 'anyres', 'squash' or 'pad'"):
         Blip3Config(image_aspect_ratio="stretch")
+
+
+# ---- a resampler that reads the prompt, as instruct-r-v1's ----
+
+
+def test_the_prompt_is_read_with_a_picture_as_one_token():
+    model, processor = tiny_model("clip", resampler_reads_text=True, resampler_text_length=40), tiny_processor()
+    pictures = (picture(30, 60), picture(60, 30, seed=1))
+    inputs = encode(processor, chat("Where?", *pictures))
+    given = {}
+    resampler = model.model.multi_modal_projector
+    resampler.register_forward_hook(
+        lambda module, args, kwargs, out: given.setdefault("all", []).append(kwargs["text"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**inputs)
+    once = processor.tokenizer(" " + SYSTEM + "<|user|>\n<image>\n<image>\nWhere?<|end|>\n<|assistant|>\n")[
+        "input_ids"
+    ]
+    expected = model.get_input_embeddings()(torch.tensor(once))[:40]
+    assert len(given["all"]) == 2 and all(torch.equal(text, expected) for text in given["all"])
+
+
+def test_its_tokens_are_the_latents_after_reading():
+    """Against one sequence of latents and words, of which the words are left out at the end; padding is not masked."""
+    model, processor = tiny_model("clip", resampler_reads_text=True), tiny_processor()
+    resampler = model.model.multi_modal_projector
+    inputs = encode(processor, chat("Where?", picture(30, 60)))
+    text = torch.randn(5, LLM["hidden_size"])
+    with torch.no_grad():
+        (ours,) = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"], [text]).pooler_output
+        tiles = inputs["pixel_values"][0]
+        patches = model.model._patches(model.model.vision_tower(tiles).last_hidden_state)
+        grid = model.model._grids(inputs["pixel_values"], inputs["image_sizes"])[0]
+        plain = resampler.latents
+        resampler.latents = torch.nn.Parameter(torch.cat([plain, resampler.text_projection(text)]))
+        everything = torch.ones(SIDE * SIDE, dtype=torch.bool)
+        by_hand = [resampled_by_hand(resampler, tile, everything)[:LATENTS] for tile in regroup_crops(patches, grid)]
+        resampler.latents = plain
+    torch.testing.assert_close(ours, torch.cat(by_hand), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_each_image_reads_its_own_prompt(side):
+    model, processor = tiny_model("clip", resampler_reads_text=True), tiny_processor()
+    processor.tokenizer.padding_side = side
+    chats = [
+        chat("Where?", picture(30, 60)),
+        chat("Nothing to see."),
+        chat("What is it, and why is it there?", picture(60, 30)),
+    ]
+    batch = encode(processor, *chats)
+    with torch.no_grad():
+        together = model(**batch).logits
+        for row, one in enumerate(chats):
+            alone = model(**encode(processor, one)).logits[0]
+            real = batch["attention_mask"][row].bool()
+            torch.testing.assert_close(together[row][real], alone, atol=1e-4, rtol=1e-4)
+        other = model(**encode(processor, chat("Where not?", picture(30, 60)))).logits[0, 0]
+        assert not torch.allclose(other, together[0][batch["attention_mask"][0].bool()][-1])
+
+
+def test_an_answer_is_not_read():
+    model, processor = tiny_model("clip", resampler_reads_text=True), tiny_processor()
+    inputs = encode(processor, chat("Where?", picture(30, 60)))
+    length = inputs["input_ids"].shape[1]
+    seen = []
+    for answer in ([40, 41], [50, 51]):
+        ids = torch.cat([inputs["input_ids"], torch.tensor([answer])], dim=1)
+        labels = ids.clone()
+        labels[:, :length] = -100
+        mask = torch.ones_like(ids)
+        with torch.no_grad():
+            output = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, labels=labels)
+        seen.append(output.image_hidden_states)
+    assert torch.equal(*seen)
+    with torch.no_grad():
+        assert torch.equal(seen[0], model(**inputs).image_hidden_states)
+
+
+def test_generation_reads_the_prompt_once():
+    model, processor = tiny_model("clip", resampler_reads_text=True), tiny_processor()
+    inputs = encode(processor, chat("Where?", picture(30, 60)), chat("What?", picture(60, 30)))
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1}
+    cached = model.generate(**inputs, **options)
+    assert torch.equal(cached, model.generate(**inputs, **options, cache_implementation="static"))
+    labels = inputs["input_ids"].clone()
+    labels[:, :-2] = -100
+    model(**inputs, labels=labels).loss.backward()
+    assert model.model.multi_modal_projector.text_projection[0].weight.grad.abs().max() > 0
 
 
 # ---- vision tower, masks, resampler ----

@@ -1,17 +1,20 @@
 """
-Published checkpoints of the image-LLMs, tiny, in their makers' layout: converted, each gives what a plain forward of the
-makers' arithmetic gives. Writers and forwards know nothing of this package.
+Published checkpoints of the image-LLMs, tiny, in their makers' layout: converted, each gives what a plain forward of
+the makers' arithmetic gives. Writers and forwards know nothing of this package.
 """
 
 import functools
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import original_aquila
 import original_internvl2
 import original_mipha
+import original_molmo
 import original_qwen2_vl
 import pytest
 import torch
@@ -21,9 +24,10 @@ from tiny_models import TINY_LINVT, chat, encode, noise_video
 from linvt_hf import wrap
 from linvt_hf.conversion import convert
 from linvt_hf.conversion.convert import find_original
+from linvt_hf.image_llm import OWN_MODELS
 
 IMAGE = -200
-MODULES = (original_mipha, original_internvl2, original_aquila, original_qwen2_vl)
+MODULES = (original_molmo, original_mipha, original_internvl2, original_aquila, original_qwen2_vl)
 CASES = {name: module for module in MODULES for name in module.CHECKPOINTS}
 every_checkpoint = pytest.mark.parametrize("name", CASES)
 QUESTION = "Where is the red ball?"
@@ -124,4 +128,40 @@ def test_frames(name):
     with torch.no_grad():
         tokens = model.image_llm.encode_frames(model.base, videos["pixel_values_videos"], others, 3, 2)
     assert (expected[0] - expected[1]).abs().max() > 0.01
+    if name.startswith("molmo"):  # whose language model finds visual tokens on top of their placeholder's embedding
+        expected = expected + model.get_input_embeddings().weight[model.base.config.image_token_id].detach()
     torch.testing.assert_close(torch.stack(list(tokens)), expected, **CLOSE)
+
+
+FRESH = """
+import json, sys
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+assert "linvt_hf" not in sys.modules
+folder, own = sys.argv[1], sys.argv[2] == "True"
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=own)
+ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=own)("Where is the red ball?", return_tensors="pt")
+logits = model(input_ids=ids["input_ids"]).logits
+print(json.dumps([ids["input_ids"][0].tolist(), logits[0, -1].tolist()]))
+"""
+
+
+@pytest.mark.parametrize("name", [name for name in ("mipha_3b", "internvl2_2b", "aquila_2b") if name in CASES])
+def test_in_a_process_without_this_package(name, tmp_path):
+    """The converted folder alone is an image-LLM of transformers; where that lacks it, the folder brings the code."""
+    model, processor = converted(name)
+    folder = published(name).with_name(f"{name}-converted")
+    own = model.base.config.model_type in OWN_MODELS
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", FRESH, folder, str(own)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    ids, last = json.loads(done.stdout)
+    assert ids == processor.tokenizer(QUESTION)["input_ids"]
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0, -1]
+    torch.testing.assert_close(torch.tensor(last), expected, **CLOSE)

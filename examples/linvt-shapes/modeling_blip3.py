@@ -1,86 +1,17 @@
 """BLIP-3 as an image-LLM of transformers: SigLIP or CLIP, a perceiver resampler and Phi-3."""
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_blip3 import Blip3Config, select_grid
-
-
-class Blip3PerceiverAttention(nn.Module):
-    """The latents ask; a tile's patches and the latents themselves answer."""
-
-    def __init__(self, config: Blip3Config):
-        super().__init__()
-        width = config.vision_config.hidden_size
-        inner = config.resampler_heads * config.resampler_head_dim
-        self.heads = config.resampler_heads
-        self.norm_media = nn.LayerNorm(width)
-        self.norm_latents = nn.LayerNorm(width)
-        self.to_q = nn.Linear(width, inner, bias=False)
-        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, width, bias=False)
-
-    def forward(self, latents: Tensor, patches: Tensor, mask: Tensor | None = None) -> Tensor:
-        """latents: [B, L, C]; patches: [B, P, C]; mask: [B, 1, 1, P + L], True where to look."""
-        latents = self.norm_latents(latents)
-        keys_values = self.to_kv(torch.cat([self.norm_media(patches), latents], dim=1))  # [B, P + L, 2 * inner]
-        q = rearrange(self.to_q(latents), "b n (h d) -> b h n d", h=self.heads)
-        k, v = rearrange(keys_values, "b n (two h d) -> two b h n d", two=2, h=self.heads)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
-
-
-class Blip3FeedForward(nn.Module):
-    def __init__(self, config: Blip3Config):
-        super().__init__()
-        width = config.vision_config.hidden_size
-        self.norm = nn.LayerNorm(width)
-        self.up_proj = nn.Linear(width, config.resampler_ff_mult * width, bias=False)
-        self.down_proj = nn.Linear(config.resampler_ff_mult * width, width, bias=False)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(self.norm(latents))))
-
-
-class Blip3ResamplerLayer(GradientCheckpointingLayer):
-    def __init__(self, config: Blip3Config):
-        super().__init__()
-        self.attention = Blip3PerceiverAttention(config)
-        self.feed_forward = Blip3FeedForward(config)
-
-    def forward(self, latents: Tensor, patches: Tensor, mask: Tensor | None = None) -> Tensor:
-        latents = latents + self.attention(latents, patches, mask)
-        return latents + self.feed_forward(latents)
-
-
-class Blip3PerceiverResampler(nn.Module):
-    """A tile's patches to a fixed number of visual tokens of the language model's width."""
-
-    def __init__(self, config: Blip3Config):
-        super().__init__()
-        width = config.vision_config.hidden_size
-        self.latents = nn.Parameter(torch.zeros(config.num_image_tokens, width))
-        self.layers = nn.ModuleList(Blip3ResamplerLayer(config) for _ in range(config.resampler_depth))
-        self.norm = nn.LayerNorm(width)
-        self.projection = nn.Linear(width, config.text_config.hidden_size)
-
-    def forward(self, patches: Tensor, mask: Tensor | None = None) -> Tensor:
-        """patches: [tiles, P, C]; mask: [tiles, P], True for patches that are no padding -> [tiles, L, D]."""
-        latents = self.latents.expand(len(patches), -1, -1)
-        if mask is not None:
-            mask = F.pad(mask, (0, latents.shape[1]), value=True)[:, None, None]  # [tiles, 1, 1, P + L]
-        for layer in self.layers:
-            latents = layer(latents, patches, mask)
-        return self.projection(self.norm(latents))
+from .resampler_blip3 import Blip3PerceiverResampler
 
 
 class Blip3PreTrainedModel(PreTrainedModel):
@@ -121,7 +52,11 @@ class Blip3Model(Blip3PreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor | None = None,
+        image_texts: list[Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
         The visual tokens of images.
@@ -131,6 +66,8 @@ class Blip3Model(Blip3PreTrainedModel):
                 each image the whole and, with more tiles than one, its crops. Tiles beyond those of an image's grid
                 are padding of a batch.
             image_sizes: [images, 2], height and width of each image before it was cut; crops need it.
+            image_texts: for each image [T, D], embeddings of what a resampler that reads text is to read. Without,
+                it reads the image alone, as for a video's frames, which is not how it was trained.
 
         Returns the tower's output for all tiles, with the visual tokens as `pooler_output`: [images, 128, D] for one
         tile each, otherwise one [128 * (1 + crops), D] an image.
@@ -141,7 +78,12 @@ class Blip3Model(Blip3PreTrainedModel):
         grids = self._grids(pixel_values, image_sizes)
         if grids is None:
             output = self.vision_tower(pixel_values.flatten(0, -4), return_dict=True, **kwargs)
-            output.pooler_output = self.multi_modal_projector(self._patches(output.last_hidden_state))
+            patches = self._patches(output.last_hidden_state)  # [images, P, C]
+            if image_texts is None:
+                output.pooler_output = self.multi_modal_projector(patches)
+            else:
+                each = zip(patches.split(1), image_texts, strict=True)
+                output.pooler_output = torch.cat([self.multi_modal_projector(p, text=text) for p, text in each])
             return output
         tiles = [1 + columns * rows for columns, rows in grids]
         real = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
@@ -151,9 +93,12 @@ class Blip3Model(Blip3PreTrainedModel):
         for image, grid, size in zip(images, grids, image_sizes.tolist(), strict=True):
             patches.append(regroup_crops(image, grid))
             masks.append(real_patches(size, grid, image.shape[1]))
-        mask = torch.cat(masks).to(real.device)
-        tokens = self.multi_modal_projector(torch.cat(patches), mask)  # [all tiles, 128, D]
-        output.pooler_output = tuple(image.flatten(0, 1) for image in tokens.split(tiles))
+        if image_texts is None:
+            mask = None if self.config.resampler_reads_text else torch.cat(masks).to(real.device)
+            tokens = self.multi_modal_projector(torch.cat(patches), mask).split(tiles)  # [1 + crops, 128, D] each
+        else:  # the instructed model was trained without the mask of padding
+            tokens = [self.multi_modal_projector(p, text=text) for p, text in zip(patches, image_texts, strict=True)]
+        output.pooler_output = tuple(image.flatten(0, 1) for image in tokens)
         return output
 
     def _grids(self, pixel_values: Tensor, image_sizes: Tensor | None) -> list[tuple[int, int]] | None:
@@ -177,6 +122,11 @@ class Blip3Model(Blip3PreTrainedModel):
             )
         return grids
 
+    def num_tiles(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> list[int]:
+        """How many tiles of each image are no padding."""
+        grids = self._grids(pixel_values, image_sizes)
+        return [1] * len(pixel_values) if grids is None else [1 + columns * rows for columns, rows in grids]
+
     def _patches(self, hidden_state: Tensor) -> Tensor:
         """What the resampler reads of the tower's last hidden state: every patch, normalised, without CLS."""
         if self.config.vision_config.model_type == "clip_vision_model":  # which normalises its CLS alone
@@ -190,6 +140,27 @@ class Blip3Model(Blip3PreTrainedModel):
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
 
+    def _image_texts(self, embeds: Tensor, places: Tensor, words: Tensor, counts: list[int]) -> list[Tensor]:
+        """
+        The prompt of each image, as a resampler that reads it was shown it: its first tokens, a picture as one.
+
+        Args:
+            embeds: [B, S, D]; places: [B, S], of visual tokens; words: [B, S], what may be read.
+            counts: how many places each image takes.
+        """
+        following = iter(counts)
+        texts = []
+        for row, (taken, real) in enumerate(zip(places, words, strict=True)):
+            read = real & ~taken
+            indices = taken.nonzero()[:, 0].tolist()
+            firsts, n = [], 0
+            while n < len(indices):
+                firsts.append(indices[n])
+                n += next(following, len(indices))
+            read[firsts] = True
+            texts += [embeds[row][read][: self.config.resampler_text_length]] * len(firsts)
+        return texts
+
     @can_return_tuple
     def forward(
         self,
@@ -200,6 +171,7 @@ class Blip3Model(Blip3PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        answers: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaModelOutputWithPast:
@@ -207,6 +179,7 @@ class Blip3Model(Blip3PreTrainedModel):
         Args:
             input_ids: [B, S], with `config.image_token_id` at each visual token's place.
             pixel_values, image_sizes: see `get_image_features`; the images of all prompts one after another.
+            answers: [B, S], True for what is to be learned, and so not to be read by a resampler that reads text.
 
         Raises `ValueError` when visual tokens and places for them do not match in number.
         """
@@ -216,9 +189,16 @@ class Blip3Model(Blip3PreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_tokens = None
         if pixel_values is not None:
-            features = self.get_image_features(pixel_values, image_sizes, return_dict=True).pooler_output
-            image_tokens = torch.cat(tuple(features)).to(inputs_embeds)  # [places, D]
             places = self.image_places(input_ids, inputs_embeds)
+            texts = None
+            if self.config.resampler_reads_text:
+                words = torch.ones_like(places) if answers is None else ~answers
+                if attention_mask is not None and attention_mask.ndim == 2:
+                    words = words & attention_mask[:, -places.shape[1] :].bool()
+                counts = [n * self.config.num_image_tokens for n in self.num_tiles(pixel_values, image_sizes)]
+                texts = self._image_texts(inputs_embeds, places, words, counts)
+            features = self.get_image_features(pixel_values, image_sizes, texts, return_dict=True).pooler_output
+            image_tokens = torch.cat(tuple(features)).to(inputs_embeds)  # [places, D]
             if not torch.compiler.is_compiling() and (found := int(places.sum())) != len(image_tokens):
                 raise ValueError(
                     f"The prompts hold {found} places for visual tokens, but the images make {len(image_tokens)}; "
@@ -265,11 +245,9 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module):
         self.lm_head = value
 
-    def get_image_features(
-        self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor, *args, **kwargs) -> BaseModelOutputWithPooling:
         """See `Blip3Model.get_image_features`."""
-        return self.model.get_image_features(pixel_values, image_sizes, **kwargs)
+        return self.model.get_image_features(pixel_values, *args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -298,6 +276,7 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             image_sizes=image_sizes,
+            answers=None if labels is None else labels != -100,
             use_cache=use_cache,
             return_dict=True,
             **kwargs,
@@ -345,8 +324,7 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
             ids = input_ids if input_ids is not None and input_ids.shape[1] else None
             places = self.model.image_places(ids, model_kwargs.get("inputs_embeds"))
             ends = places.sum(dim=1).cumsum(0).cpu()  # [B]
-            grids = self.model._grids(**{"image_sizes": None, **images})
-            tiles = [1] * len(images["pixel_values"]) if grids is None else [1 + c * r for c, r in grids]
+            tiles = self.model.num_tiles(**images)
             prompt = torch.searchsorted(ends, torch.tensor(tiles).cumsum(0) * self.config.num_image_tokens)
             rows = [(prompt == index).nonzero()[:, 0] for index in range(len(ends))]
             rows = torch.cat([row for row in rows for _ in range(expand_size)])

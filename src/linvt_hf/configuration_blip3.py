@@ -44,6 +44,8 @@ class Blip3Config(PreTrainedConfig):
         num_image_tokens: visual tokens that one tile becomes, the resampler's latents.
         resampler_depth, resampler_heads, resampler_head_dim, resampler_ff_mult: the resampler's layers, the heads of
             its attention and their width, and how much wider than the tower its feed-forward layers are.
+        resampler_reads_text: whether the resampler reads the prompt, too, as in instruct-r-v1 alone: its first
+            `resampler_text_length` tokens, a picture counted as one.
         anyres_grids: columns and rows of tiles that an image may be cut into.
         image_aspect_ratio: how images are cut: "anyres" (a tile of the whole and the crops of a grid), or one tile,
             "squash" or "pad". The image processor's setting decides; this one says what the model was trained with.
@@ -63,6 +65,8 @@ class Blip3Config(PreTrainedConfig):
     resampler_heads: int = 16
     resampler_head_dim: int = 96
     resampler_ff_mult: int = 4
+    resampler_reads_text: bool = False
+    resampler_text_length: int = 256
     anyres_grids: list | tuple = ANYRES_GRIDS
     image_aspect_ratio: str = "anyres"
     initializer_range: float = 0.02

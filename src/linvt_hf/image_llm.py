@@ -42,10 +42,12 @@ class ImageLLM:
     answer_token_type: int = 0
     # What its module between vision encoder and language model may be called, for training it.
     projectors: tuple[str, ...] = ("multi_modal_projector", "merger", "connector", "resampler")
-    # What of the base's own way with images a video has to do without, as a sentence for a warning.
-    lost: str | None = None
     # For a base that pools a video's frames: how it is without.
     unpooled: type["ImageLLM"] | None = None
+
+    def lost(self, config: PreTrainedConfig) -> str | None:
+        """What of the base's own way with images a video has to do without, as a sentence for a warning."""
+        return None
 
     def rows_per_frame(self, frame_inputs: dict[str, Tensor], num_frames: int) -> list[int]:
         """Rows of `pixel_values` that each frame takes; one, unless the base flattens its patches."""
@@ -109,10 +111,11 @@ class Qwen2VL(ImageLLM):
 
 
 class Qwen3VL(Qwen2VL):
-    lost = (
-        "Qwen3-VL adds features of intermediate vision layers inside its language model (deepstack); LinVT condenses "
-        "the final visual tokens only, so videos do without them. Still images keep them."
-    )
+    def lost(self, config):
+        return (
+            "Qwen3-VL adds features of intermediate vision layers inside its language model (deepstack); LinVT "
+            "condenses the final visual tokens only, so videos do without them. Still images keep them."
+        )
 
 
 class InternVL(ImageLLM):
@@ -153,6 +156,13 @@ class Blip3(ImageLLM):
     """A frame is one tile, squashed."""
 
     frame_kwargs = {"image_aspect_ratio": "squash"}
+
+    def lost(self, config):
+        if config.resampler_reads_text:
+            return (
+                "This BLIP-3's resampler reads the prompt with still images; frames of videos go through it without."
+            )
+        return None
 
     def features(self, base, pixel_values):
         return super().features(base, pixel_values[:, 0])

@@ -94,8 +94,8 @@ class LinVTForConditionalGeneration(HubFolderMixin, LinVTPreTrainedModel, Genera
         model.generation_config._from_model_config = False  # it is our own now; transformers may not make it anew
         # A sampled placeholder would ask for a video that is not there.
         model.generation_config.suppress_tokens = [*(base.generation_config.suppress_tokens or []), video_token_id]
-        if model.image_llm.lost:
-            logger.warning(model.image_llm.lost)
+        if lost := model.image_llm.lost(base.config):
+            logger.warning(lost)
         return model
 
     # ---- the base's parts ----

@@ -28,7 +28,7 @@ class Blip3(Original):
     end_of_turn = "<|end|>"
 
     def claims(self, config):
-        return config.get("model_type") == "xgenmm"
+        return config.get("model_type") in ("xgenmm", "blip_3")
 
     def config(self, checkpoint, tokenizer):
         shapes, text = checkpoint.shapes, checkpoint.config["text_config"]
@@ -56,6 +56,7 @@ class Blip3(Original):
             resampler_depth=layers(checkpoint, f"{_RESAMPLER}.layers."),
             resampler_heads=_HEADS,
             resampler_head_dim=inner // _HEADS,
+            resampler_reads_text=f"{_RESAMPLER}.text_projection.0.weight" in shapes,
             image_token_id=words,
             tie_word_embeddings=False,
         )

@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, Olmo2Config, OlmoeConfig, PreTrainedC
 from ..configuration_molmo import MolmoConfig
 from ..processing_molmo import MOLMO_CHAT_TEMPLATE, MolmoImageProcessor
 from .checkpoint import Checkpoint
-from .original import Original, ProcessorParts, layers
+from .original import Original, ProcessorParts, layers, taken
 from .rules import Rule, cut, join
 
 _TRANSFORMER = "model.transformer"
@@ -60,9 +60,15 @@ class Molmo(Original):
         return tokenizer
 
     def parts(self, checkpoint, config, tokenizer):
-        return ProcessorParts(
-            MolmoImageProcessor(), tokenizer, {"processor_class": "MolmoProcessor"}, MOLMO_CHAT_TEMPLATE
+        published, vision = checkpoint.json("preprocessor_config.json"), config.vision_config
+        height, width = published.get("base_image_input_size", [vision.image_size] * 2)
+        image_processor = MolmoImageProcessor(
+            size={"height": height, "width": width},
+            patch_size=vision.patch_size,
+            pooling_size=config.pooling_size,
+            **taken(published, "max_crops", "overlap_margins", "image_mean", "image_std"),
         )
+        return ProcessorParts(image_processor, tokenizer, {"processor_class": "MolmoProcessor"}, MOLMO_CHAT_TEMPLATE)
 
 
 def _fields(checkpoint: Checkpoint) -> dict:

@@ -121,7 +121,7 @@ def wrap(
 def _add_video_token(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, image_llm: ImageLLM, wanted: str | None
 ) -> str:
-    rows = min(len(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()))
+    rows = len(model.get_input_embeddings().weight)  # the head may have fewer: no model is to say this token
     vocabulary = tokenizer.get_vocab()
     if wanted is None:
         if len(tokenizer) < rows or VIDEO_TOKEN in vocabulary:
