@@ -86,7 +86,7 @@ def tower(config: dict) -> dict:
 def published_config(name: str) -> dict:
     """MolmoE's is seen up to `loss_token_weighting`; the rest is its config class's names, OLMoE's training values.
 
-    So written it is as long as the published file, 3,523 bytes. Not seen: the version of transformers that wrote the 7B-O's.
+    So written it is as long as the published file, 3,523 bytes. Not seen: the 7B-O's `transformers_version`.
     """
     if name == "molmo_e_1b":
         return published_moe()

@@ -33,7 +33,7 @@ every_checkpoint = pytest.mark.parametrize("name", CASES)
 QUESTION = "Where is the red ball?"
 CONVERSATIONS = {
     "one turn": [("user", QUESTION)],
-    "three turns": [("user", QUESTION), ("assistant", "Left of the box, I'd say."), ("user", " And now?")],
+    "three turns": [("user", QUESTION), ("assistant", "Left of the box,\n\nI'd say: 12 cm."), ("user", " And now?")],
 }
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import normalizers
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BaseImageProcessor
 
 # From its module: the name in transformers 5.17 itself asks for torchvision.
@@ -88,7 +88,10 @@ class Original:
             for name in TOKENIZER_FILES:
                 if (file := checkpoint.file(name)) is not None:
                     (Path(folder) / name).symlink_to(file.resolve())
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
+            # tokenizer.json as it is: by its class, transformers 5 may make the tokenizer anew, and otherwise.
+            whole = checkpoint.file("tokenizer.json") is not None
+            kind = PreTrainedTokenizerFast if whole else AutoTokenizer
+            tokenizer = kind.from_pretrained(folder, **kwargs)
         settings = checkpoint.json("tokenizer_config.json")
         if settings.get("tokenizer_class", "").startswith("LlamaTokenizer") and settings.get("legacy") is False:
             # The tokenizer that Phi-3's models were trained with writes no blank where a text goes on after a special
