@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test shapes shapes-results ship quality style conformance clean
+.PHONY: help install demo test shapes shapes-results shapes-bases ship quality style conformance clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,10 @@ shapes: install  ## train a small model from nothing on generated videos, into b
 shapes-results: install  ## train and compare LinVT and simpler ways from three seeds, for many hours; print the tables
 	test -e build/shapes/data/video-train.jsonl || $(RUN) -m linvt_hf.shapes data build/shapes/data
 	$(RUN) -m linvt_hf.shapes results benchmarks/shapes model=examples/shapes-image-llm
+
+shapes-bases: install  ## train each of the six image-LLMs small, and compare a few ways on each, for many hours
+	test -e build/shapes/data/video-train.jsonl || $(RUN) -m linvt_hf.shapes data build/shapes/data
+	$(RUN) -m linvt_hf.shapes bases benchmarks/shapes-bases
 
 ship: install  ## examples/linvt-shapes with the code as it is now; MODEL=build/shapes/model puts that model there
 	$(RUN) -m linvt_hf.shapes ship examples/linvt-shapes $(if $(MODEL),--model $(MODEL))

@@ -4,13 +4,18 @@ import itertools
 import math
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import chat, encode
 
 from linvt_hf import wrap
 from linvt_hf.shapes import image_llm, samples
+from linvt_hf.shapes.bases import BASES, INTERNVL2
 from linvt_hf.shapes.questions import PLACES, RANKS, ask, ask_about_pictures, place_name
+from linvt_hf.shapes.results import bases_table
+from linvt_hf.shapes.rows import EACH_BASE
 from linvt_hf.shapes.world import COLOURS, SHAPES, make_scene
 
 
@@ -47,14 +52,14 @@ def test_a_sample_learns_answers_only(tokenizer):
         possible = {question.answer for question in ask(scene, Random(0)) + ask_about_pictures(pictures, Random(0))}
         assert learned.pop() == "" and set(learned) <= possible
         places = sample.ids.count(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
-        assert places == samples.SIDE**2 * len(sample.pixels)
-        assert sample.contents.shape[:2] == (len(sample.pixels), samples.SIDE**2)
+        assert places == image_llm.SIDE**2 * len(sample.pixels)
+        assert sample.contents.shape[:2] == (len(sample.pixels), image_llm.SIDE**2)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_question_sees_the_pictures_and_itself_only(tokenizer, attention):
     """Several questions in one prompt get the logits that each gets alone."""
-    model = image_llm.build_image_llm(tokenizer).eval()
+    model = INTERNVL2.build(tokenizer).eval()
     model.set_attn_implementation(attention)
     scene = make_scene("image", "train", 1)
     questions = ask(scene, Random(1))
@@ -87,7 +92,7 @@ def test_answers_are_counted_where_they_stand(tokenizer):
             logits[0, torch.arange(len(said)), torch.where(said, ids[1], ids[0])] = 1.0
             return type("Output", (), {"logits": logits})
 
-    scores = image_llm.evaluate(Parrot(image_llm.build_image_llm(tokenizer).eval()), tokenizer, scenes=20)
+    scores = image_llm.evaluate(Parrot(INTERNVL2.build(tokenizer).eval()), tokenizer, scenes=20)
     answers = []
     for number in range(20):
         random = Random(number)
@@ -111,11 +116,11 @@ def test_every_thing_is_in_one_of_a_prompts_pictures():
 
 def test_contents_say_what_lies_where():
     scene = make_scene("image", "train", 3)
-    contents = samples.contents(scene).reshape(samples.SIDE, samples.SIDE, -1)
+    contents = samples.contents(scene).reshape(image_llm.SIDE, image_llm.SIDE, -1)
     kinds, colours, shapes, places = 48, len(COLOURS), len(SHAPES), len(PLACES)
     assert contents.shape[2] == kinds + colours + shapes + places
     for thing in scene.things:
-        column, row = (int(value // (64 / samples.SIDE)) for value in thing.start)
+        column, row = (int(value // (64 / image_llm.SIDE)) for value in thing.start)
         here = contents[row, column]
         assert here[list(COLOURS).index(thing.colour) * shapes + SHAPES.index(thing.shape)] == 1
         assert here[kinds + list(COLOURS).index(thing.colour)] == 1
@@ -125,8 +130,8 @@ def test_contents_say_what_lies_where():
 
 def test_it_learns_from_a_seed_and_can_be_wrapped(tmp_path):
     said: list[str] = []
-    model, tokenizer = image_llm.pretrain(3, 3, batch=4, log=said.append)
-    again, _ = image_llm.pretrain(3, 3, batch=4, log=lambda text: None)
+    model, tokenizer = image_llm.pretrain(INTERNVL2, 3, 3, batch=4, log=said.append)
+    again, _ = image_llm.pretrain(INTERNVL2, 3, 3, batch=4, log=lambda text: None)
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
     )
@@ -135,7 +140,7 @@ def test_it_learns_from_a_seed_and_can_be_wrapped(tmp_path):
     wrapped, processor = wrap(tmp_path, num_frames=4, queries_per_scale=[4, 2, 2], bottleneck_size=16, num_heads=2)
     assert processor.num_video_tokens == 8 and wrapped.config.hidden_size == 128
     inputs = processor.image_processor([[Image.new("RGB", (64, 64))]], return_tensors="pt")
-    assert len(wrapped.get_image_features(inputs["pixel_values"]).pooler_output[0]) == samples.SIDE**2
+    assert len(wrapped.get_image_features(inputs["pixel_values"]).pooler_output[0]) == image_llm.SIDE**2
 
 
 @pytest.mark.parametrize("spread", [samples.layered, samples.album])
@@ -207,3 +212,36 @@ def test_a_story_tells_what_is_asked_and_is_learned_itself(tokenizer):
     possible = {question.answer for question in ask(scene, Random(0))}
     assert told.endswith("\n") and told[:-1] in possible
     assert answers.pop() == "" and set(answers) <= possible
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_each_of_the_six_sees_a_frame_of_a_video_as_it_learned_pictures(name, tmp_path):
+    base = BASES[name]
+    tokenizer = image_llm.build_tokenizer(base)
+    torch.manual_seed(0)
+    model = base.build(tokenizer).eval()
+    image_llm.save(model, tokenizer, tmp_path, base)
+    scenes = [make_scene("image", "train", number) for number in range(3)]
+    drawn = [samples.draw(scene, 0) for scene in scenes]
+    sample = samples.of_pictures(drawn, scenes, tokenizer, base)
+    inputs, tokens = image_llm.collate([sample], model, base)
+    assert tokens.shape == (3, 16, 128) and inputs["inputs_embeds"].shape[0] == 1
+
+    wrapped, processor = wrap(tmp_path, num_frames=3, bottleneck_size=16, num_heads=2)
+    video = chat(np.stack(drawn), "Who?")
+    given = wrapped.take_video_inputs(dict(encode(processor, video)))
+    others = {key.removeprefix("frames_"): value for key, value in given.items() if key.startswith("frames_")}
+    frames = wrapped.image_llm.encode_frames(wrapped.base, given["pixel_values_videos"], others, 3, 2)
+    torch.testing.assert_close(torch.stack(list(frames)), tokens, atol=1e-5, rtol=1e-4)
+    # And it stands in the prompt where pictures stood.
+    prompt = processor.apply_chat_template(video, add_generation_prompt=True)
+    assert prompt.startswith(f"<|im_start|>user\n{base.before}{processor.video_token}{base.after}")
+
+
+def test_one_table_of_several_bases():
+    results = [{"trained": {"video": {"exact": share}}} for share in (0.5, 0.75)]
+    found = {row.name: [results[0]] for row in EACH_BASE}
+    found["LinVT"] = results
+    lines = bases_table({"molmo": found, "blip3": {**found, "LinVT": []}}).splitlines()
+    assert lines[0] == "| | one middle frame | uniform pooling | all frames' tokens | LinVT |"
+    assert lines[2:] == ["| molmo | 50.0 | 50.0 | 50.0 | 62.5 ± 17.7 |", "| blip3 | 50.0 | 50.0 | 50.0 |  |"]

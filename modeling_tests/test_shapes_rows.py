@@ -8,6 +8,7 @@ import torch
 
 from linvt_hf.modeling_linvt import LinVTForConditionalGeneration
 from linvt_hf.shapes import image_llm, results
+from linvt_hf.shapes.bases import INTERNVL2
 from linvt_hf.shapes.rows import CURVES, KEPT, ROWS, TABLE, TOKENS
 from linvt_hf.shapes.videos import write_split
 from linvt_hf.training.settings import read_settings
@@ -23,7 +24,7 @@ def build(name: str) -> LinVTForConditionalGeneration:
     """A fresh model of a row, with the settings of `make shapes`, and the places that its prompts hold."""
     row = BY_NAME[name]
     torch.manual_seed(0)
-    base = image_llm.build_image_llm(image_llm.build_tokenizer())
+    base = INTERNVL2.build(image_llm.build_tokenizer())
     settings = {**read_settings("shapes/stage1").linvt, **row.settings}
     model = LinVTForConditionalGeneration.from_image_llm(base, 600, **settings)
     processor = Processor()
@@ -171,7 +172,7 @@ def test_a_row_is_trained_measured_and_not_run_again(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     tokenizer = image_llm.build_tokenizer()
-    image_llm.save(image_llm.build_image_llm(tokenizer), tokenizer, tmp_path / "build/shapes/image-llm")
+    image_llm.save(INTERNVL2.build(tokenizer), tokenizer, tmp_path / "build/shapes/image-llm")
     for kind in ("video", "image"):
         for split in ("train", "test"):
             write_split(tmp_path / "build/shapes/data", kind, split, 2)

@@ -92,7 +92,7 @@ class LinVTConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if isinstance(self.base_config, dict):
-            self.base_config = _read_base_config(self.base_config)
+            self.base_config = read_base_config(self.base_config)
         if self.base_config is not None:
             self.hidden_size = self.base_config.get_text_config().hidden_size
             # Otherwise the parent would reset the base's choice of attention to none.
@@ -182,7 +182,7 @@ def square_grid(num_tokens: int) -> tuple[int, int]:
     return (side, side) if side * side == num_tokens else (1, num_tokens)
 
 
-def _read_base_config(values: dict) -> PreTrainedConfig:
+def read_base_config(values: dict) -> PreTrainedConfig:
     model_type = values.get("model_type")
     if not model_type:
         raise ValueError(

@@ -32,7 +32,7 @@ class ImageLLM:
     Class attributes are read once, when a base is wrapped, and saved with the processor.
     """
 
-    # Arguments of the base's image processor that make one still frame one picture, without tiles.
+    # What `frame_settings` says, where that is the same for every image processor of this base.
     frame_kwargs: dict = {}
     # What stands around a video in the prompt.
     video_prompt = "{video}\n"
@@ -44,6 +44,10 @@ class ImageLLM:
     projectors: tuple[str, ...] = ("multi_modal_projector", "merger", "connector", "resampler")
     # For a base that pools a video's frames: how it is without.
     unpooled: type["ImageLLM"] | None = None
+
+    def frame_settings(self, image_processor) -> dict:
+        """Arguments of the base's image processor that make one still frame one picture, without tiles."""
+        return dict(self.frame_kwargs)
 
     def lost(self, config: PreTrainedConfig) -> str | None:
         """What of the base's own way with images a video has to do without, as a sentence for a warning."""
@@ -97,10 +101,15 @@ class ImageLLM:
 
 
 class Qwen2VL(ImageLLM):
-    # Qwen2-VL's own bounds for a frame of a video; its bounds for an image would allow 16384 tokens.
-    frame_kwargs = {"size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}}
     video_prompt = "<|vision_start|>{video}<|vision_end|>"
     merge = 2
+
+    def frame_settings(self, image_processor):
+        # Qwen2-VL's own bounds for a frame of a video; its bounds for an image would allow 16384 tokens. A model that
+        # was made for smaller images gets no larger frames.
+        most = image_processor.size["longest_edge"]
+        bounds = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
+        return {"size": {name: min(bound, most) for name, bound in bounds.items()}}
 
     def rows_per_frame(self, frame_inputs, num_frames):
         return frame_inputs["image_grid_thw"].prod(dim=-1).tolist()

@@ -111,7 +111,7 @@ def wrap(
         num_video_tokens=linvt.config.num_video_tokens,
         num_frames=num_frames,
         fps=fps,
-        frame_kwargs={**image_llm.frame_kwargs, **(frame_kwargs or {})},
+        frame_kwargs={**image_llm.frame_settings(image_processor), **(frame_kwargs or {})},
         frame_inputs=_frame_inputs(image_llm, model, image_processor),
         token_types="token_type_ids" in inspect.signature(model.forward).parameters,
         answer_token_type=image_llm.answer_token_type,

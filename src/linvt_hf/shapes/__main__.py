@@ -1,7 +1,8 @@
-"""`python -m linvt_hf.shapes data`, `image-llm`, `evaluate`, `results` and `ship`: see `make shapes` and after it."""
+"""`python -m linvt_hf.shapes data`, `image-llm`, `evaluate`, `results`, `bases` and `ship`: see the Makefile."""
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 from .videos import write_split
@@ -29,6 +30,7 @@ def main() -> None:
     data.set_defaults(run=_data)
     image_llm = commands.add_parser("image-llm", help="train the small image-LLM, on pictures and texts alone")
     image_llm.add_argument("folder", type=Path)
+    image_llm.add_argument("--base", default="internvl2", help="architecture: one of the six, internvl2 by default")
     image_llm.add_argument("--seed", type=int, default=0)
     image_llm.add_argument("--vision-steps", type=int, default=2000)
     image_llm.add_argument("--steps", type=int, default=3500)
@@ -48,6 +50,12 @@ def main() -> None:
     )
     results.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of both stages' recipes")
     results.set_defaults(run=_results)
+    bases = commands.add_parser("bases", help="train each of the six small, and compare a few ways on each")
+    bases.add_argument("folder", type=Path, help="gets a folder a base; what is there is not run again")
+    bases.add_argument("--models", type=Path, default=Path("build/shapes/bases"), help="where the image-LLMs go")
+    bases.add_argument("--bases", nargs="+", metavar="NAME", help="only these; all six by default")
+    bases.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    bases.set_defaults(run=_bases)
     ship = commands.add_parser("ship", help="a folder to ship: the code as it is now, a video, a model")
     ship.add_argument("folder", type=Path)
     ship.add_argument("--model", type=Path, help="the model to put there; by default the one that is there stays")
@@ -63,15 +71,42 @@ def _data(args) -> None:
 
 
 def _image_llm(args) -> None:
+    from .bases import BASES
+
+    _pretrain(_known(args.base, BASES), args.folder, args.seed, args.vision_steps, args.steps)
+
+
+def _known(name: str, known: dict):
+    if name not in known:
+        raise SystemExit(f"There is no '{name}'; there are {', '.join(known)}.")
+    return known[name]
+
+
+def _pretrain(base, folder: Path, seed: int = 0, vision_steps: int = 2000, steps: int = 3500) -> None:
     # Room for a compiled kernel for every length and number of pictures; oneDNN reads it once.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100000")
     from .image_llm import evaluate, pretrain, save
 
-    model, tokenizer = pretrain(
-        args.vision_steps, args.steps, seed=args.seed, log=lambda text: print(text, flush=True)
-    )
-    save(model, tokenizer, args.folder)
-    print(f"{args.folder}: right answers about pictures of the validation split, {evaluate(model, tokenizer)}")
+    log = partial(print, flush=True)
+    model, tokenizer = pretrain(base, vision_steps, steps, seed=seed, log=log)
+    save(model, tokenizer, folder, base)
+    log(f"{folder}: right answers about pictures of the validation split, {evaluate(model, tokenizer, base)}")
+
+
+def _bases(args) -> None:
+    from .bases import BASES
+    from .results import all_jobs, bases_table, read_results, run_all
+    from .rows import EACH_BASE
+
+    found = {}
+    for name in args.bases or BASES:
+        base, model = _known(name, BASES), args.models / name
+        if not (model / "chat_template.jinja").exists():  # what is written last
+            _pretrain(base, model)
+        jobs = [job for job in all_jobs(args.folder / name, 1, (f"model={model}",)) if job.row in EACH_BASE]
+        run_all(jobs, args.workers)
+        found[name] = read_results(jobs)
+    print(bases_table(found))
 
 
 def _evaluate(args) -> None:
@@ -99,9 +134,7 @@ def _results(args) -> None:
     from .rows import ROWS
 
     rows = {row.name: row for row in ROWS}
-    if unknown := [name for name in args.rows or () if name not in rows]:
-        raise SystemExit(f"There is no row '{unknown[0]}'; rows are {', '.join(rows)}.")
-    chosen = [rows[name] for name in args.rows or rows]
+    chosen = [_known(name, rows) for name in args.rows or rows]
     jobs = all_jobs(args.folder, args.seeds, tuple(args.overrides))
     run_all([job for job in jobs if job.row in chosen], args.workers)
     found = read_results(jobs)

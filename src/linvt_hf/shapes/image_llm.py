@@ -1,6 +1,6 @@
 """
-A tiny image-LLM of InternVL's architecture, trained from nothing on the pictures of `shapes`, and on texts. It sees no
-video.
+A tiny image-LLM, of InternVL's architecture or another of the six, trained from nothing on the pictures of `shapes`,
+and on texts. It sees no video.
 
 It takes no more than two CPU cores because its targets are dense: see `samples`. While it trains, a head on its visual
 tokens names what lies in each token's part of the picture.
@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor, nn
-from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..training.labels import IGNORED
+from .bases import INTERNVL2, VOCABULARY, Base
 from .questions import RANKS, ask, ask_about_pictures
 from .samples import (
     CONTENTS,
@@ -36,31 +37,26 @@ from .samples import (
     pictures_sample,
     story_sample,
 )
-from .world import CANVAS, draw, make_scene
+from .world import draw, make_scene
 
-VOCABULARY = 640
-PATCH = CANVAS // SIDE // 2  # InternVL joins 2 x 2 of them to a visual token
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for block in message['content'] %}"
-    "{% if block['type'] == 'image' %}<IMG_CONTEXT>\n{% elif block['type'] == 'text' %}{{ block['text'] }}{% endif %}"
+    "{% if block['type'] == 'image' %}IMAGE{% elif block['type'] == 'text' %}{{ block['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-NAMED_TOKENS = {
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "context_image_token": "<IMG_CONTEXT>",
-    "image_token": "<IMG_CONTEXT>",
-    "video_token": "<video>",
-}
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def chat_template(base: Base) -> str:
+    return CHAT_TEMPLATE.replace("IMAGE", base.block.replace("\n", "\\n"))
+
+
+def build_tokenizer(base: Base = INTERNVL2) -> PreTrainedTokenizerFast:
     """Byte-level BPE that reads any text, and the words of `shapes` as one token each."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *dict.fromkeys(NAMED_TOKENS.values())]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *dict.fromkeys(base.tokens.values())]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - 8,  # room for the video token, and more that somebody may want to add
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
@@ -72,8 +68,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
-        extra_special_tokens=NAMED_TOKENS,
-        chat_template=CHAT_TEMPLATE,
+        extra_special_tokens=base.tokens,
+        chat_template=chat_template(base),
     )
 
 
@@ -87,42 +83,6 @@ def _words() -> Iterator[str]:
                 questions += ask_about_pictures(pictures[: len(RANKS)], Random(number))
             for question in questions:
                 yield from (question.text, question.answer, "user\n", "assistant\n", "system\n")
-
-
-def build_image_llm(tokenizer: PreTrainedTokenizerFast) -> InternVLForConditionalGeneration:
-    """An InternVL of about two million parameters: 16 visual tokens a picture of 64 x 64."""
-    config = InternVLConfig(
-        vision_config={
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "image_size": [CANVAS, CANVAS],
-            "patch_size": [PATCH, PATCH],
-            "norm_type": "layer_norm",
-            # For a shallow encoder that starts from nothing; InternVL's own values are for fine-tuning a deep one.
-            "layer_scale_init_value": 1.0,
-            "initializer_range": 0.06,
-        },
-        text_config={
-            "model_type": "qwen2",
-            "vocab_size": VOCABULARY,
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 8192,
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "tie_word_embeddings": True,
-        },
-        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
-        image_seq_length=SIDE**2,
-        downsample_ratio=0.5,
-        tie_word_embeddings=True,
-    )
-    return InternVLForConditionalGeneration(config)
 
 
 # ---- pretraining ----
@@ -145,22 +105,24 @@ class ContentsHead(nn.Linear):
 
 
 def pretrain(
+    base: Base = INTERNVL2,
     vision_steps: int = 2000,
     steps: int = 3500,
     batch: int = 32,
     rate: float = 2e-3,
     seed: int = 0,
     log: Callable[[str], None] = print,
-) -> tuple[InternVLForConditionalGeneration, PreTrainedTokenizerFast]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """
     First the vision encoder alone, by what lies where; then all of it, by questions, descriptions and stories. No
     scene is seen twice. In bfloat16 where the CPU has it.
     """
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
-    model = build_image_llm(tokenizer)
+    tokenizer = build_tokenizer(base)
+    model = base.build(tokenizer)
     head = ContentsHead(model.config.text_config.hidden_size)
-    vision = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
+    language = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+    vision = [p for p in model.parameters() if id(p) not in language]
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     scenes = (make_scene("image", "train", number) for number in itertools.count())
     stories = (make_scene("video", "train", number) for number in itertools.count(10**6))  # no video shows them
@@ -176,7 +138,7 @@ def pretrain(
         yield np.stack([as_file(draw(scene, 0), random) for scene in several]), target
 
     def seen(pixels: np.ndarray, target: Tensor) -> Tensor:
-        return head.loss(visual_tokens(model, pixels), target)
+        return head.loss(visual_tokens(model, pixels, base), target)
 
     progress = itertools.count()
 
@@ -185,7 +147,7 @@ def pretrain(
         # To find a thing in one picture comes first: with half of them albums from the start, 2,000 steps did not do.
         albums = 0.0 if next(progress) < 0.4 * steps else 0.6
         samples = [
-            pictures_sample(scene, random, tokenizer, albums) for scene in itertools.islice(scenes, batch - told)
+            pictures_sample(scene, random, tokenizer, albums, base) for scene in itertools.islice(scenes, batch - told)
         ]
         samples += [story_sample(scene, random, tokenizer) for scene in itertools.islice(stories, told)]
         samples.sort(key=lambda sample: len(sample.ids))
@@ -195,7 +157,7 @@ def pretrain(
             yield samples[start : start + batch // 2], labels, pictures
 
     def answered(samples: list[Sample], labels: int, pictures: int) -> Tensor:
-        inputs, tokens = collate(samples, model)
+        inputs, tokens = collate(samples, model, base)
         loss = model(**inputs, num_items_in_batch=labels).loss
         if len(tokens) == 0:
             return loss
@@ -208,12 +170,11 @@ def pretrain(
     return model.eval(), tokenizer
 
 
-def visual_tokens(model, pixels: np.ndarray) -> Tensor:  # uint8 [P, 64, 64, 3] -> [P, 16, D]
-    pixels = torch.tensor(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output.float()
+def visual_tokens(model, pixels: np.ndarray, base: Base = INTERNVL2) -> Tensor:  # uint8 [P, 64, 64, 3] -> [P, 16, D]
+    return base.visual_tokens(model, torch.tensor(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
 
 
-def collate(samples: list[Sample], model) -> tuple[dict[str, Tensor], Tensor]:
+def collate(samples: list[Sample], model, base: Base = INTERNVL2) -> tuple[dict[str, Tensor], Tensor]:
     """The model's inputs, and the visual tokens among them, [P, 16, D]."""
     length = math.ceil(max(len(sample.ids) for sample in samples) / 16) * 16  # few lengths: oneDNN compiles for each
     ids, labels, block = (torch.full((len(samples), length), value) for value in (0, IGNORED, -1))
@@ -226,7 +187,7 @@ def collate(samples: list[Sample], model) -> tuple[dict[str, Tensor], Tensor]:
     embeds = model.get_input_embeddings()(ids)
     tokens = embeds.new_zeros(0, SIDE**2, embeds.shape[-1])
     if any(len(sample.pixels) for sample in samples):
-        tokens = visual_tokens(model, np.concatenate([sample.pixels for sample in samples]))
+        tokens = visual_tokens(model, np.concatenate([sample.pixels for sample in samples]), base)
         embeds = embeds.masked_scatter((ids == model.config.image_token_id)[..., None], tokens)
     inputs = {
         "inputs_embeds": embeds,
@@ -271,7 +232,7 @@ def _run(
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, scenes: int = 200) -> dict[str, float]:
+def evaluate(model, tokenizer, base: Base = INTERNVL2, scenes: int = 200) -> dict[str, float]:
     """Share of answers that greedy decoding would give word for word, by kind of question."""
     right: dict[str, list[bool]] = {}
     for number in range(scenes):
@@ -279,9 +240,9 @@ def evaluate(model, tokenizer, scenes: int = 200) -> dict[str, float]:
         scene = make_scene("image", "validation", number)
         several = album(scene, random)
         for pictures, questions in (([scene], ask(scene, random)), (several, ask_about_pictures(several, random))):
-            sample = of_pictures([draw(picture, 0) for picture in pictures], pictures, tokenizer)
+            sample = of_pictures([draw(picture, 0) for picture in pictures], pictures, tokenizer, base)
             ask_about(sample, questions, tokenizer)
-            inputs, _ = collate([sample], model)
+            inputs, _ = collate([sample], model, base)
             length = len(sample.ids)  # after it comes padding
             labels = inputs.pop("labels")[0, 1:length]
             wrong = (model(**inputs).logits[0, : length - 1].argmax(-1) != labels) & (labels != IGNORED)
@@ -291,18 +252,10 @@ def evaluate(model, tokenizer, scenes: int = 200) -> dict[str, float]:
     return {kind: round(sum(ones) / len(ones), 3) for kind, ones in right.items()}
 
 
-def save(model: InternVLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, base: Base = INTERNVL2) -> None:
     """A folder in transformers' own layout, with image processor and processor, that `linvt wrap` takes."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    image_processor = {
-        "image_processor_type": "GotOcr2ImageProcessor",
-        "size": {"height": CANVAS, "width": CANVAS},
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-        "crop_to_patches": False,
-    }
-    processor = {"processor_class": "InternVLProcessor", "image_seq_length": SIDE**2}
-    (folder / "preprocessor_config.json").write_text(json.dumps(image_processor, indent=2))
-    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (folder / "preprocessor_config.json").write_text(json.dumps(base.image_processor, indent=2))
+    (folder / "processor_config.json").write_text(json.dumps(base.processor, indent=2))
+    (folder / "chat_template.jinja").write_text(chat_template(base))

@@ -26,7 +26,7 @@ from ..training.feature_cache import FeatureCache
 from ..training.recipe import train
 from ..training.settings import TrainingSettings, read_settings
 from .evaluate import FRAMES, QuestionSet, Score
-from .rows import CURVES, KEPT, ROWS, TABLE, Row
+from .rows import CURVES, EACH_BASE, KEPT, ROWS, TABLE, Row
 
 
 @dataclass(frozen=True)
@@ -211,6 +211,18 @@ def curve(results: dict[str, list[dict]]) -> str:
                 several = results[row.name]
                 cells.append(_percent([result["trained"][kind]["exact"] for result in several]) if several else "")
             lines.append(f"| {name}, {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def bases_table(results: dict[str, dict[str, list[dict]]]) -> str:
+    """The same few ways on several image-LLMs, in Markdown; of each base, results by row."""
+    names = [row.name for row in EACH_BASE]
+    lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    for base, found in results.items():
+        cells = [
+            _percent([r["trained"]["video"]["exact"] for r in found[name]]) if found[name] else "" for name in names
+        ]
+        lines.append(f"| {base} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

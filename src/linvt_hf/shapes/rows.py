@@ -206,4 +206,9 @@ CURVES = {
     "plain top-k": tuple(_keeping("plain top-k", k, PLAIN, without_novelty) for k in KEPT),
 }
 TABLE = (*FIXED, LINVT, *PARTS_OFF)
+# What is compared on every image-LLM.
+EACH_BASE = (
+    *(row for row in FIXED if row.name in ("one middle frame", "uniform pooling", "all frames' tokens")),
+    LINVT,
+)
 ROWS = tuple({row.name: row for row in (*TABLE, *CURVES["LinVT"], *CURVES["plain top-k"])}.values())

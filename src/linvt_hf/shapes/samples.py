@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 
 from ..training.labels import IGNORED
+from .bases import INTERNVL2, SIDE, Base
 from .questions import COMPARING, PLACES, Question, ask, ask_about_pictures, place_name
 from .world import CANVAS, COLOURS, SHAPES, Scene, Thing, draw, moved
 
-SIDE = 4  # visual tokens a side of a picture
 CONTENTS = len(COLOURS) * len(SHAPES) + len(COLOURS) + len(SHAPES) + len(PLACES)
 
 
@@ -41,7 +41,7 @@ class Sample:
         self.block += [block] * len(ids)
 
 
-def pictures_sample(scene: Scene, random: Random, tokenizer, albums: float) -> Sample:
+def pictures_sample(scene: Scene, random: Random, tokenizer, albums: float, base: Base = INTERNVL2) -> Sample:
     """
     A scene in one to four pictures, each of which shows some of its things, or (`albums` of the time) several pictures
     in which they change, and what is asked about them.
@@ -57,16 +57,16 @@ def pictures_sample(scene: Scene, random: Random, tokenizer, albums: float) -> S
     else:
         pictures = album(scene, random)
         questions = ask_about_pictures(pictures, random)
-    sample = of_pictures([as_file(draw(picture, 0), random) for picture in pictures], pictures, tokenizer)
+    sample = of_pictures([as_file(draw(picture, 0), random) for picture in pictures], pictures, tokenizer, base)
     ask_about(sample, _some(questions, random, always=COMPARING), tokenizer)
     return sample
 
 
-def of_pictures(drawn: list[np.ndarray], pictures: list[Scene], tokenizer) -> Sample:
+def of_pictures(drawn: list[np.ndarray], pictures: list[Scene], tokenizer, base: Base = INTERNVL2) -> Sample:
     """The prompt up to the question."""
     sample = Sample(np.stack(drawn), np.stack([contents(picture) for picture in pictures]))
-    places = "<IMG_CONTEXT>" * SIDE**2 * len(drawn)
-    sample.add(tokenizer(f"<|im_start|>user\n<img>{places}</img>\n")["input_ids"], 0)
+    places = base.place * SIDE**2 * len(drawn)
+    sample.add(tokenizer(f"<|im_start|>user\n{base.before}{places}{base.after}")["input_ids"], 0)
     return sample
 
 
