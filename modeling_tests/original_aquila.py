@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from original_parts_b import (
+from original_parts import (
     Published,
     Shapes,
     Tensors,
@@ -29,7 +29,7 @@ from original_parts_b import (
     write_json,
     write_weights,
 )
-from original_tokenizers_b import byte_level_ids, in_chunks, qwen_tokens, read_byte_level, write_byte_level
+from original_tokenizers import byte_level_ids, in_chunks, qwen_tokens, read_byte_level, write_byte_level
 from PIL import Image
 from tokenizers import AddedToken
 

@@ -20,7 +20,7 @@ from original_internvl2_config import (
     tiny_config,
     write_tokenizer,
 )
-from original_parts_b import (
+from original_parts import (
     IMAGE,
     Shapes,
     Tensors,
@@ -46,7 +46,7 @@ from original_parts_b import (
     write_json,
     write_weights,
 )
-from original_tokenizers_b import SlowTokenizer, read_byte_level, read_settings
+from original_tokenizers import SlowTokenizer, read_byte_level, read_settings
 from PIL import Image
 
 __all__ = [

@@ -6,8 +6,8 @@ taken from the checkpoint that it began with, and agrees with the size of the fi
 
 from pathlib import Path
 
-from original_parts_b import Published
-from original_tokenizers_b import (
+from original_parts import Published
+from original_tokenizers import (
     PIECES,
     byte_level_ids,
     special,

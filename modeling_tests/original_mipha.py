@@ -6,7 +6,7 @@ Read in zhuyiche/llava-phi at 21dafbf55719: `mipha/model/**`, `mipha/mm_utils.py
 from pathlib import Path
 
 import torch
-from original_parts_b import (
+from original_parts import (
     Published,
     Shapes,
     Tensors,
@@ -31,7 +31,7 @@ from original_parts_b import (
     write_json,
     write_weights,
 )
-from original_tokenizers_b import byte_level_ids, in_chunks, read_byte_level, write_byte_level
+from original_tokenizers import byte_level_ids, in_chunks, read_byte_level, write_byte_level
 from PIL import Image
 from tokenizers import AddedToken
 

@@ -22,7 +22,7 @@ from original_molmo_config import (
     tower,
     write_tokenizer,
 )
-from original_parts_b import (
+from original_parts import (
     IMAGE,
     Shapes,
     Tensors,
@@ -42,7 +42,7 @@ from original_parts_b import (
     write_json,
     write_weights,
 )
-from original_tokenizers_b import read_byte_level
+from original_tokenizers import read_byte_level
 from PIL import Image
 
 __all__ = [

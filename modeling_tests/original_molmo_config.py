@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from original_parts_b import Published, write_json
-from original_tokenizers_b import byte_level_vocabulary, qwen_tokens, read_byte_level, special, write_byte_level
+from original_parts import Published, write_json
+from original_tokenizers import byte_level_vocabulary, qwen_tokens, read_byte_level, special, write_byte_level
 from tokenizers import AddedToken, normalizers
 
 CHECKPOINTS = {

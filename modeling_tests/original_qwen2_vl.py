@@ -7,7 +7,7 @@ from math import ceil, floor, sqrt
 from pathlib import Path
 
 import torch
-from original_parts_b import (
+from original_parts import (
     IMAGE,
     Published,
     Shapes,
@@ -31,7 +31,7 @@ from original_parts_b import (
     write_json,
     write_weights,
 )
-from original_tokenizers_b import byte_level_ids, qwen_tokens, read_byte_level, write_byte_level
+from original_tokenizers import byte_level_ids, qwen_tokens, read_byte_level, write_byte_level
 from PIL import Image
 
 CONFIG = "config.json on the Hub, in vendored copies; the count is the Hub's"

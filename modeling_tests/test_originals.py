@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import original_aquila
+import original_blip3
 import original_internvl2
 import original_mipha
 import original_molmo
@@ -27,7 +28,7 @@ from linvt_hf.conversion.convert import find_original
 from linvt_hf.image_llm import OWN_MODELS
 
 IMAGE = -200
-MODULES = (original_molmo, original_mipha, original_internvl2, original_aquila, original_qwen2_vl)
+MODULES = (original_blip3, original_molmo, original_mipha, original_internvl2, original_aquila, original_qwen2_vl)
 CASES = {name: module for module in MODULES for name in module.CHECKPOINTS}
 every_checkpoint = pytest.mark.parametrize("name", CASES)
 QUESTION = "Where is the red ball?"
@@ -146,7 +147,7 @@ print(json.dumps([ids["input_ids"][0].tolist(), logits[0, -1].tolist()]))
 """
 
 
-@pytest.mark.parametrize("name", [name for name in ("mipha_3b", "internvl2_2b", "aquila_2b") if name in CASES])
+@pytest.mark.parametrize("name", ["blip3_v1_5", "molmo_e_1b", "mipha_3b", "internvl2_2b", "aquila_2b"])
 def test_in_a_process_without_this_package(name, tmp_path):
     """The converted folder alone is an image-LLM of transformers; where that lacks it, the folder brings the code."""
     model, processor = converted(name)

@@ -8,7 +8,7 @@ from io import BytesIO
 from pathlib import Path
 
 import sentencepiece
-from original_parts_b import IMAGE, write_json
+from original_parts import IMAGE, write_json
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 

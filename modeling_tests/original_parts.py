@@ -1,4 +1,4 @@
-"""What the plain forwards of Mipha, InternVL2, Qwen2-VL and Aquila-VL share: names, files, arithmetic.
+"""What the plain forwards of published image-LLMs share: names, files, arithmetic.
 
 The arithmetic is in float32, one sequence at a time, on torch ops alone.
 """
