@@ -8,6 +8,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import original_mipha
+import original_molmo
 import pytest
 import torch
 from safetensors import safe_open
@@ -118,6 +119,21 @@ def test_a_shard_that_is_cut_short(copied, tmp_path, capsys):
     shard.write_bytes(shard.read_bytes()[:-1000])
     said = failing(copied, tmp_path, capsys)
     assert f"{shard} is cut short" in said and said.endswith("fetch it again.")
+
+
+def test_a_pickle_that_is_cut_short_or_holds_more_than_tensors(tmp_path, capsys):
+    folder = original_molmo.write("molmo_e_1b", tmp_path / "published")
+    (file,) = folder.glob("*.bin")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert f"{file} is cut short or no file of tensors" in failing(folder, tmp_path, capsys)
+
+    class Mischief:
+        def __reduce__(self):
+            return (exit, ("run",))
+
+    torch.save({"weight": Mischief()}, file)
+    assert f"{file} is cut short or no file of tensors" in failing(folder, tmp_path, capsys)
 
 
 def test_a_shard_that_is_missing(copied, tmp_path, capsys):

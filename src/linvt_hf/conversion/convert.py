@@ -43,7 +43,7 @@ SHARD_BYTES = 10**9  # of what is written; about twice as much is held in memory
 
 @dataclass
 class Conversion:
-    """A checkpoint and how it becomes a model; reading of tensors begins with `tensors`."""
+    """A checkpoint and how it becomes a model. Each part is made when it is first asked for."""
 
     checkpoint: Checkpoint
     original: Original
@@ -95,9 +95,9 @@ class Conversion:
         stops = self.original.stops(self.tokenizer)
         pad = self.tokenizer.pad_token_id
         values = {"eos_token_id": stops, "pad_token_id": stops[0] if pad is None else pad}
-        return (
-            values if self.tokenizer.bos_token_id is None else {"bos_token_id": self.tokenizer.bos_token_id, **values}
-        )
+        if self.tokenizer.bos_token_id is not None:
+            values["bos_token_id"] = self.tokenizer.bos_token_id
+        return values
 
     def run(self, steps: list[Step], dtype: torch.dtype | None) -> dict[str, Tensor]:
         """The model's tensors of some steps."""

@@ -27,7 +27,7 @@ class Molmo(Original):
     end_of_turn = "<|endoftext|>"
 
     def claims(self, config):
-        return (config.get("architectures") or [""])[0] in ("MolmoForCausalLM", "OLMoForCausalLM")
+        return config.get("model_type") == "molmo"
 
     def config(self, checkpoint, tokenizer):
         shapes = checkpoint.shapes
