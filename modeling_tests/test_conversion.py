@@ -11,6 +11,7 @@ import original_mipha
 import original_molmo
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
@@ -56,6 +57,7 @@ def test_a_folder_that_transformers_loads(published, tmp_path, monkeypatch):
     model, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and model.dtype == torch.bfloat16
     assert not list(tmp_path.glob("*.unfinished")) and not list(out.glob("conversion.json"))
+    assert ModelCard.load(out / "README.md").data.pipeline_tag == "image-text-to-text"
 
 
 def test_a_dry_run_says_what_becomes_of_each_tensor(published, tmp_path, capsys):
@@ -104,6 +106,27 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(published, tmp_path):
     (begun / "model-00001-of-00001.safetensors").write_text("of another checkpoint")
     convert(published, tmp_path / "out")
     assert load_file(shards(tmp_path / "out")[0])
+
+
+def test_what_has_changed_since_is_not_gone_on_with(copied, tmp_path, monkeypatch):
+    small_shards(monkeypatch)
+    whole = tmp_path / "whole"
+    convert(copied, whole, dtype="float32")
+    interrupted = convert_module._write_rest
+    monkeypatch.setattr(convert_module, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        convert(copied, tmp_path / "out", dtype="float32")
+    shard = shards(copied)[0]
+    save_file({name: tensor + 1 for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    monkeypatch.setattr(convert_module, "_write_rest", interrupted)
+    convert(copied, tmp_path / "out", dtype="float32")
+    changed = [a.read_bytes() != b.read_bytes() for a, b in zip(shards(whole), shards(tmp_path / "out"), strict=True)]
+    assert any(changed)
+
+
+def test_a_dtype_that_is_none(copied, tmp_path, capsys):
+    assert main(["convert", str(copied), str(tmp_path / "out"), "--dtype", "int8"]) == 2
+    assert "dtype is 'int8'; it must be one of bfloat16, float16, float32, auto." in capsys.readouterr().err
 
 
 def failing(copied, tmp_path, capsys) -> str:

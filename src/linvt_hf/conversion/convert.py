@@ -38,6 +38,7 @@ logger = logging.get_logger(__name__)
 
 ORIGINALS: tuple[Original, ...] = (Blip3(), Molmo(), Mipha(), InternVL2(), Qwen2VL(), Aquila())
 KNOWN = ", ".join(original.name for original in ORIGINALS)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": None}
 SHARD_BYTES = 10**9  # of what is written; about twice as much is held in memory, beside the file that is read
 
 
@@ -145,11 +146,13 @@ def convert(
     if conversion is None:
         Checkpoint(checkpoint, revision)  # says what is wrong if it cannot be read at all
         raise ValueError(f"{checkpoint} is no image-LLM as its makers published it; those known are {KNOWN}.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}.")
     plan = conversion.plan
     if not dry_run:
         out = Path(out)
         check_free(out)
-        _write(conversion, out, None if dtype == "auto" else getattr(torch, dtype))
+        _write(conversion, out, DTYPES[dtype])
     return plan
 
 
@@ -168,6 +171,11 @@ def load_original(conversion: Conversion, dtype: str | torch.dtype | None = "aut
     return model
 
 
+def is_own(conversion: Conversion) -> bool:
+    """Whether transformers lacks this base, so that a folder must bring its code."""
+    return conversion.config.model_type in OWN_MODELS
+
+
 def check_free(folder: Path) -> None:
     """Raises `ValueError` if a folder to write is there already, with something in it."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -180,8 +188,13 @@ def check_free(folder: Path) -> None:
 def _write(conversion: Conversion, out: Path, dtype: torch.dtype | None) -> None:
     begun = out.with_name(f"{out.name}.unfinished")
     shards = list(_shards(conversion, dtype))
-    what = {"shards": [[step.targets for step in steps] for steps, _ in shards], "dtype": str(dtype)}
-    _begin(begun, json.dumps({**what, "from": conversion.checkpoint.path, "commit": conversion.checkpoint.commit}))
+    files = sorted({file.resolve() for file in conversion.checkpoint.files_of_tensors.values()})
+    what = {
+        "shards": [[step.targets for step in steps] for steps, _ in shards],
+        "dtype": str(dtype),
+        "from": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+    }
+    _begin(begun, json.dumps(what))
     try:
         _check_room(begun, sum(size for _, size in shards))
         index = {}
@@ -256,7 +269,7 @@ def _write_rest(conversion: Conversion, folder: Path, dtype: torch.dtype | None)
     for name, value in conversion.generation().items():
         setattr(model.generation_config, name, value)
     _write_processor(parts, folder)
-    if model.config.model_type in OWN_MODELS:
+    if is_own(conversion):
         module = type(model).__module__.rpartition(".")[2]
         copy_code(folder, module)
         code = f"{module}.{type(model).__name__}"
@@ -264,6 +277,24 @@ def _write_rest(conversion: Conversion, folder: Path, dtype: torch.dtype | None)
         model.config.auto_map = {"AutoConfig": config, "AutoModel": code, "AutoModelForImageTextToText": code}
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+    (folder / "README.md").write_text(_card(conversion), encoding="utf-8")
+
+
+def _card(conversion: Conversion) -> str:
+    source = conversion.checkpoint.path
+    named = is_hub_id(source)
+    base = f"base_model: {source}\n" if named else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+{base}---
+
+# {conversion.original.name} for transformers
+
+{source if named else "A checkpoint"} as its makers published it, converted by linvt_hf to the layout of transformers:
+`AutoModelForImageTextToText.from_pretrained(FOLDER{", trust_remote_code=True" if is_own(conversion) else ""})`. Its
+weights are the same numbers, and have the same licence.
+"""
 
 
 def _write_processor(parts: ProcessorParts, folder: Path) -> None:
