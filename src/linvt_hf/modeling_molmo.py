@@ -25,8 +25,8 @@ from .configuration_molmo import MolmoConfig
 CROP_INPUTS = ("pixel_values", "image_masks", "image_token_order")
 
 
-class MolmoAttentionPooling(nn.Module):
-    """Each window of patches to one vector: its mean asks, its patches answer."""
+class MolmoPooling(nn.Module):  # transformers takes a module named for attention for one whose kernel it may choose
+    """Each window of patches to one vector by attention: its mean asks, its patches answer."""
 
     def __init__(self, config: MolmoConfig):
         super().__init__()
@@ -59,7 +59,7 @@ class MolmoMultiModalProjector(nn.Module):
         self.side = config.vision_config.image_size // config.vision_config.patch_size
         # Added to patches that are all padding, and to those that are in part.
         self.pad_embed = nn.Parameter(torch.zeros(2, width * len(config.vision_feature_layers)))
-        self.pooling = MolmoAttentionPooling(config)
+        self.pooling = MolmoPooling(config)
         self.gate_proj = nn.Linear(width, hidden, bias=False)
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, config.text_config.hidden_size, bias=False)
