@@ -1,7 +1,7 @@
 """BLIP-3's (xGen-MM's) checkpoints as their authors store them, and their arithmetic on torch ops.
 
 Read in salesforce/LAVIS, branch xgen-mm, at d699f7e54fbe: `open_flamingo/src/{xgenmm,vlm,helpers}.py` and
-`open_flamingo/train/any_res_data_utils.py`; of instruct-r-v1 in a vendored copy of the Hub's `modeling_xgenmm.py`.
+`open_flamingo/train/any_res_data_utils.py`; of instruct-r-v1 in a vendored copy of the code it brings along, `vlm.py`.
 """
 
 from math import ceil
@@ -9,9 +9,23 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from original_blip3_config import (
+    ADDED,
+    CHECKPOINTS,
+    HEADS,
+    WORDS,
+    generation_config,
+    is_open_clip,
+    preprocessor_config,
+    published_config,
+    reads_text,
+    sizes,
+    tiny_config,
+    vision_of,
+    write_tokenizer,
+)
 from original_parts import (
     IMAGE,
-    Published,
     Shapes,
     Tensors,
     attention,
@@ -34,95 +48,27 @@ from original_parts import (
     write_json,
     write_weights,
 )
-from original_tokenizers import PIECES, SlowTokenizer, special, train_sentencepiece, write_settings
+from original_tokenizers import SlowTokenizer
 from PIL import Image
 from tokenizers import AddedToken
 
-FILES = "the Hub's {} in float32 agree with this count"
-CHECKPOINTS = {
-    "blip3_v1_5": Published(
-        "Salesforce/xgen-mm-phi3-mini-instruct-interleave-r-v1.5",
-        4_359_257_219,
-        "apache-2.0",
-        FILES.format("17.4 GB"),
-        16_000_000,  # whether SigLIP's head is stored, the file's size does not tell
-    ),
-    "blip3_base_r_v1": Published(
-        "Salesforce/xgen-mm-phi3-mini-base-r-v1", 4_587_000_000, "apache-2.0", FILES.format("18.35 GB"), 10_000_000
-    ),
-    "blip3_instruct_r_v1": Published(
-        "Salesforce/xgen-mm-phi3-mini-instruct-r-v1",
-        4_587_000_000,
-        "cc-by-nc-4.0",
-        FILES.format("18.35 GB"),
-        10_000_000,
-    ),
-}
-ADDED = ["<image>", "<image placeholder>", "<|endofchunk|>"]  # by the code, after the tokenizer's own
-PHI3 = ["<|assistant|>", *(f"<|placeholder{n}|>" for n in range(1, 5)), "<|system|>", "<|end|>"]
-PHI3 += ["<|placeholder5|>", "<|placeholder6|>", "<|user|>"]
-WORDS = PIECES + 1 + len(PHI3) + 1  # pieces, <|endoftext|>, the marks, <pad>
+__all__ = [
+    "CHECKPOINTS",
+    "frame_tokens",
+    "logits",
+    "prompt_ids",
+    "published_config",
+    "shapes",
+    "tiny_config",
+    "write",
+]
+
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 GRIDS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]  # columns and rows of tiles, in the code's order
-CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-HEADS = 16  # of the towers and the resampler, in the code
-# What the code and its defaults say and config.json does not.
-FULL = {"hidden": 3072, "inner": 8192, "layers": 32, "rows": 32064, "latents": 128, "depth": 6, "head": 96}
-TINY = {"hidden": 64, "inner": 96, "layers": 2, "rows": WORDS + 9, "latents": 4, "depth": 2, "head": 3}
-SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "image_size": 384, "patch_size": 14}
-VIT_H = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "image_size": 378, "patch_size": 14}
-TOY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "image_size": 28, "patch_size": 7}
 VISION, RESAMPLER, LLM = "vlm.vision_encoder", "vlm.vision_tokenizer", "vlm.lang_model"
-
-
-def published_config(name: str) -> dict:
-    """What is known of the file; the three have the same fields but for auto_map. model_type of r-v1 in two forms."""
-    return {
-        "_name_or_path": name,  # tells `shapes` which tower; nothing in the file does
-        "architectures": ["XGenMMModelForConditionalGeneration"],
-        "model_type": "blip_3" if name == "blip3_instruct_r_v1" else "xgenmm",
-        "text_config": {
-            "initial_tokenizer_len": 32012,
-            "model_type": "phi3",
-            "sliding_window": 2047,
-            "torch_dtype": "bfloat16",
-        },
-        "torch_dtype": "float32",
-        "transformers_version": "4.41.1",
-        "vision_encoder_config": {
-            "anyres_patch_sampling": True,
-            "image_aspect_ratio": "anyres",
-            "model_type": "xgenmm_vision_encoder",
-        },
-        "vision_tokenizer_config": {"model_type": "xgenmm_vision_tokenizer"},
-    }
-
-
-def tiny_config(name: str) -> dict:
-    """A window that the prompts of the tests are longer than; Phi-3's 32 heads stay, two channels each."""
-    config = published_config(name)
-    config["text_config"] |= {"initial_tokenizer_len": WORDS, "sliding_window": 48}
-    return config
-
-
-def sizes(config: dict) -> dict:
-    return FULL if config["text_config"]["initial_tokenizer_len"] == 32012 else TINY
-
-
-def is_open_clip(config: dict) -> bool:
-    return "r_v1" in config["_name_or_path"]
-
-
-def reads_text(config: dict) -> bool:
-    return config["model_type"] == "blip_3"
-
-
-def vision_of(config: dict) -> dict:
-    full = VIT_H if is_open_clip(config) else SIGLIP
-    return {**(full if sizes(config) is FULL else TOY), "num_attention_heads": HEADS, "layer_norm_eps": 1e-6}
 
 
 def shapes(config: dict) -> Shapes:
@@ -185,24 +131,21 @@ def write(name: str, folder: Path, *, seed: int = 0, shards: int = 2, dtype: tor
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = tiny_config(name)
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", {key: value for key, value in config.items() if key != "_name_or_path"})
     write_weights(folder, random_tensors(shapes(config), seed, dtype), shards)
-    marks = special("<|endoftext|>") + special(*PHI3, rstrip=True) + special("<pad>")
-    added = {**dict(enumerate(special("<unk>", "<s>", "</s>"))), **dict(enumerate(marks, PIECES))}
-    settings = {
-        "add_bos_token": is_open_clip(config),
-        "add_eos_token": False,
-        "bos_token": "<s>",
-        "eos_token": "<|endoftext|>",
-        "legacy": False,
-        "pad_token": "<pad>",
-        "padding_side": "left",
-        "tokenizer_class": "LlamaTokenizer",
-        "unk_token": "<unk>",
-    }
-    (folder / "tokenizer.model").write_bytes(train_sentencepiece(dummy_prefix=True))
-    write_settings(folder, added, settings, later=PIECES)
+    write_tokenizer(config, folder)
+    write_json(folder / "preprocessor_config.json", preprocessor_config(config))
+    write_json(folder / "generation_config.json", generation_config(name))
     return folder
+
+
+def read(folder: Path) -> tuple[dict, Tensors]:
+    """The config, by the checkpoint's name that its tensors tell, and every tensor in float32."""
+    config, tensors = read_checkpoint(folder)
+    name = "blip3_base_r_v1" if f"{VISION}.conv1.weight" in tensors else "blip3_v1_5"
+    if f"{RESAMPLER}.text_projection.0.weight" in tensors:
+        name = "blip3_instruct_r_v1"
+    return {"_name_or_path": name, **config}, tensors
 
 
 def prompt(turns: list[tuple[str, str]], images: int) -> str:
@@ -221,7 +164,7 @@ def unexpanded_ids(folder: Path, turns: list[tuple[str, str]], images: int) -> l
 
 
 def prompt_ids(folder: Path, turns: list[tuple[str, str]], images: list[Image.Image] = ()) -> list[int]:
-    config, _ = read_checkpoint(folder)
+    config, _ = read(folder)
     counts = iter([sizes(config)["latents"] * len(tiles(config, image)) for image in images])
     ids: list[int] = []
     for token in unexpanded_ids(folder, turns, len(images)):
@@ -262,8 +205,8 @@ def tiles(config: dict, image: Image.Image) -> list[Image.Image]:
 
 
 def pixels(config: dict, tile: Image.Image) -> torch.Tensor:
-    mean, std = (CLIP_MEAN, CLIP_STD) if is_open_clip(config) else ([0.5] * 3, [0.5] * 3)
-    return normalised(tile, mean, std)  # [3, H, W]
+    settings = preprocessor_config(config)
+    return normalised(tile, settings["image_mean"], settings["image_std"])  # [3, H, W]
 
 
 def patches(config: dict, tensors: Tensors, tile: Image.Image) -> torch.Tensor:
@@ -358,7 +301,7 @@ def phi3(config: dict, tensors: Tensors, x: torch.Tensor) -> torch.Tensor:
 def logits(
     folder: Path, turns: list[tuple[str, str]], images: list[Image.Image] = ()
 ) -> tuple[list[int], torch.Tensor]:
-    config, tensors = read_checkpoint(folder)
+    config, tensors = read(folder)
     embeddings = f"{LLM}.model.embed_tokens"
     rows = table(tensors, f"{embeddings}.weight", f"{embeddings}.additional_embedding.weight", WORDS)
     text = rows[torch.tensor(unexpanded_ids(folder, turns, len(images)))][:256] if reads_text(config) else None
@@ -372,6 +315,6 @@ def logits(
 
 def frame_tokens(folder: Path, frames: list[Image.Image]) -> torch.Tensor:
     """One squashed tile each, without mask or text: [T, N, D]."""
-    config, tensors = read_checkpoint(folder)
+    config, tensors = read(folder)
     side = vision_of(config)["image_size"]
     return torch.stack([resample(tensors, patches(config, tensors, resized(frame, side, side))) for frame in frames])
