@@ -11,13 +11,13 @@ CHECKPOINTS = {
         repo="allenai/Molmo-7B-D-0924",
         parameters=8_021_025_280,
         licence="apache-2.0",
-        source="the Hub's 8.02 B parameters and the 585 tensors of its index agree with this count",
+        source="the Hub's 8.02 B parameters, the 585 tensors of its index and its files' sizes agree with this count",
     ),
     "molmo_7b_o": Published(
         repo="allenai/Molmo-7B-O-0924",
         parameters=7_665_032_192,
         licence="apache-2.0",
-        source="counted from the code's names and sizes; seven files of up to 5 GB hold it",
+        source="counted from the code's names and sizes; the Hub's files (4.95, 4.86, ... 4.99 GB) agree",
     ),
     "molmo_e_1b": Published(
         repo="allenai/MolmoE-1B-0924",
@@ -84,9 +84,9 @@ def tower(config: dict) -> dict:
 
 
 def published_config(name: str) -> dict:
-    """MolmoE's is seen up to `loss_token_weighting`; the rest is its config class's names, OLMoE's training values.
+    """The 7B's are as seen; MolmoE's is seen up to `loss_token_weighting`, of 3.52 kB as the one written here.
 
-    So written it is as long as the published file, 3,523 bytes. Not seen: the 7B-O's `transformers_version`.
+    What follows there are its config class's names, with OLMoE's training values.
     """
     if name == "molmo_e_1b":
         return published_moe()
