@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,6 +13,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, Unpack
 
 from .configuration_blip3 import ANYRES_GRIDS, Blip3Config, check_image_aspect_ratio, select_grid
+from .image_placeholders import check_placeholders
 
 IMAGE_TOKEN = "<image>"
 
@@ -197,7 +197,7 @@ class Blip3Processor(ProcessorMixin):
         if images is not None:
             images = self.image_processor.fetch_images(images)
             if texts is not None:
-                _check_placeholders(texts, images)
+                check_placeholders(texts, images, IMAGE_TOKEN)
             flat = make_flat_list_of_images(images)
             if flat:
                 data = dict(self.image_processor(flat, **images_kwargs))
@@ -220,24 +220,6 @@ def _expand(texts: list[str], lengths: list[int]) -> list[str]:
         first, *others = text.split(IMAGE_TOKEN)
         prompts.append(first + "".join(IMAGE_TOKEN * next(following) + words for words in others))
     return prompts
-
-
-def _check_placeholders(texts: list[str], images: Any) -> None:
-    per_text = [prompt.count(IMAGE_TOKEN) for prompt in texts]
-    if isinstance(images, (list, tuple)) and any(isinstance(group, (list, tuple)) for group in images):
-        given = [len(group) for group in images]
-        if given != per_text:
-            raise ValueError(
-                f"The prompts hold {per_text} image placeholders ({IMAGE_TOKEN}) each, but {given} images were given; "
-                "pass one image for each placeholder."
-            )
-        return
-    given = len(make_flat_list_of_images(images))
-    if given != sum(per_text):
-        raise ValueError(
-            f"The text holds {sum(per_text)} image placeholders ({IMAGE_TOKEN}), but {given} images were given; pass "
-            "one image for each placeholder."
-        )
 
 
 # The mapping itself: in older versions AutoImageProcessor may not be touched without torchvision.

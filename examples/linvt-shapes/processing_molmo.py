@@ -1,7 +1,5 @@
 """MolmoProcessor and MolmoImageProcessor: prompts and images to the tensors a Molmo model takes."""
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,6 +11,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.processing_utils import ImagesKwargs
 
 from .configuration_molmo import MolmoConfig
+from .image_placeholders import check_placeholders
 
 IMAGE_TOKEN = "<|image|>"  # one picture in a prompt, before it is laid out
 START, END, PATCH, COLUMN = "<im_start>", "<im_end>", "<im_patch>", "<im_col>"
@@ -272,7 +271,7 @@ class MolmoProcessor(ProcessorMixin):
         if images is not None:
             images = self.image_processor.fetch_images(images)
             if texts is not None:
-                _check_placeholders(texts, images)
+                check_placeholders(texts, images, IMAGE_TOKEN)
             flat = make_flat_list_of_images(images)
             if flat:
                 data = dict(self.image_processor(flat, **image_kwargs))
@@ -311,25 +310,6 @@ class MolmoProcessor(ProcessorMixin):
             prompt = first + "".join(next(pictures) + words for words in others)
             prompts.append(prompt if prompt.startswith(bos) else bos + prompt)
         return prompts
-
-
-def _check_placeholders(texts: list[str], images: Any) -> None:
-    per_text = [prompt.count(IMAGE_TOKEN) for prompt in texts]
-    nested = isinstance(images, (list, tuple)) and any(isinstance(group, (list, tuple)) for group in images)
-    if nested:
-        given = [len(group) for group in images]
-        if given != per_text:
-            raise ValueError(
-                f"The prompts hold {per_text} image placeholders ({IMAGE_TOKEN}) each, but {given} images were given; "
-                "pass one image for each placeholder."
-            )
-        return
-    given = len(make_flat_list_of_images(images))
-    if given != sum(per_text):
-        raise ValueError(
-            f"The text holds {sum(per_text)} image placeholders ({IMAGE_TOKEN}), but {given} images were given; pass "
-            "one image for each placeholder."
-        )
 
 
 # The mapping itself: in older versions AutoImageProcessor may not be touched without torchvision.

@@ -128,13 +128,7 @@ A run that was stopped goes on from its last checkpoint when the same command is
 """
 
 
-def _check_free(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder; choose another, nothing was written.")
-
-
 def _convert(args) -> None:
-    _check_free(args.out)
     _say(f"reading {args.checkpoint}")
     from linvt_hf.conversion import convert
 
@@ -149,7 +143,9 @@ def _convert(args) -> None:
 
 
 def _wrap(args) -> None:
-    _check_free(args.out)
+    from linvt_hf.conversion.convert import check_free
+
+    check_free(args.out)
     settings = dict(_setting(pair) for pair in args.set)
     _say(f"loading {args.base}")
     from linvt_hf import wrap  # torch and transformers take seconds to import; `--help` should not
@@ -264,9 +260,10 @@ def _train(args) -> None:
 
 
 def _merge(args) -> None:
-    _check_free(args.out)
+    from linvt_hf.conversion.convert import check_free
     from linvt_hf.training import load_adapter, merge
 
+    check_free(args.out)
     _say(f"loading {args.adapter}")
     model, processor = load_adapter(args.adapter, args.base)
     _say(f"writing {args.out}")

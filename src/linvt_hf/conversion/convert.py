@@ -148,11 +148,11 @@ def convert(
         raise ValueError(f"{checkpoint} is no image-LLM as its makers published it; those known are {KNOWN}.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}.")
+    if not dry_run:
+        check_free(Path(out))
     plan = conversion.plan
     if not dry_run:
-        out = Path(out)
-        check_free(out)
-        _write(conversion, out, DTYPES[dtype])
+        _write(conversion, Path(out), DTYPES[dtype])
     return plan
 
 
