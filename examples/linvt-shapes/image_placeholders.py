@@ -6,7 +6,7 @@ from transformers.image_utils import make_flat_list_of_images
 
 
 def check_placeholders(texts: list[str], images: Any, token: str) -> None:
-    """Raises `ValueError` unless each `token` has an image: in each prompt if images are nested, else in all."""
+    """Raises `ValueError` unless each `token` has an image, in each prompt if images are nested."""
     per_text = [prompt.count(token) for prompt in texts]
     if isinstance(images, (list, tuple)) and any(isinstance(group, (list, tuple)) for group in images):
         given = [len(group) for group in images]
