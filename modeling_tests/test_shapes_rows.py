@@ -185,6 +185,10 @@ def test_a_row_is_trained_measured_and_not_run_again(tmp_path, monkeypatch, caps
         results._run_job(name, 1, tmp_path / "results", overrides)
         result = json.loads(job.file.read_text())
         assert job.is_done() and not dataclasses.replace(job, overrides=("max_steps=3",)).is_done()
+        as_much = ("batch_size=2", "accumulation=6", "workers=1")  # a step holds 12 samples, as before
+        assert dataclasses.replace(job, overrides=(*overrides, *as_much)).is_done()
+        assert not dataclasses.replace(job, overrides=(*overrides, "accumulation=1")).is_done()
+        assert result["made with"]["torch"] == torch.__version__
         assert len(result["stage2"]) == 2 and ("stage1" in result) == (name == "LinVT")
         assert result["pictures with adapters off"] == result["untrained"]["image"]
         assert result["trained"]["video"]["questions"] > 5

@@ -70,7 +70,7 @@ class QuestionSet:
             rows = range(start, min(start + batch_size, len(self.records)))
             batch = self.processor.collate([self.dataset[row] for row in rows])
             labels = batch.pop("labels")[:, 1:]  # [B, S - 1]
-            logits = model(**batch).logits[:, :-1].cpu()  # [B, S - 1, vocabulary]
+            logits = model(**batch.to(model.device)).logits[:, :-1].cpu()  # [B, S - 1, vocabulary]
             answered = labels >= 0
             exact = ((logits.argmax(dim=-1) == labels) | ~answered).all(dim=1).tolist()
             first = answered.int().argmax(dim=1)  # where an answer's first token is foretold

@@ -17,13 +17,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import set_seed
 
 from ..conversion import wrap
 from ..training.adapters import adapters_off
 from ..training.dataset import ChatDataset
 from ..training.feature_cache import FeatureCache
-from ..training.recipe import train
+from ..training.recipe import FREE, train
 from ..training.settings import TrainingSettings, read_settings
 from .evaluate import FRAMES, QuestionSet, Score
 from .rows import CURVES, EACH_BASE, KEPT, ROWS, TABLE, Row
@@ -68,9 +69,14 @@ class Job:
 
     def recipe(self) -> list[dict]:
         """What the result rests on, as JSON holds it: the settings of both stages, and digests of what they read."""
-        settings = [dataclasses.asdict(dataclasses.replace(stage, output="")) for stage in self.settings()]
+        settings = [dataclasses.asdict(stage) for stage in self.settings()]
         files = [Path(settings[0]["model"]) / "model.safetensors", *(Path(s["path"]) for s in settings[1]["data"])]
         digests = {str(file): _digest(file, file.stat().st_mtime) for file in files if file.is_file()}
+        for stage in settings:
+            # How a step is divided changes no more than what is free to change.
+            stage["samples a step"] = stage.pop("batch_size") * stage.pop("accumulation")
+            for name in FREE:
+                stage.pop(name, None)
         return json.loads(json.dumps([*settings, digests]))
 
 
@@ -125,13 +131,15 @@ def run(job: Job) -> dict:
     model, processor = wrap(stages[0].model, num_frames=stages[0].num_frames, **stages[0].linvt)
     row.apply(model, processor)
     model.base.requires_grad_(False)  # as it stays, so that its visual tokens can be kept
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # where it will be trained
     features = _features(stages[0].feature_cache)
     folder = Path(stages[0].data[0].path).parent
     tests = {
         kind: QuestionSet(folder / f"{kind}-test.jsonl", processor, features, model, num_frames=frames)
         for kind, frames in FRAMES.items()
     }
-    result = {"row": row.name, "seed": job.seed, "recipe": job.recipe(), "untrained": _report(tests, model)}
+    result = {"row": row.name, "seed": job.seed, "recipe": job.recipe(), "made with": _made_with(model)}
+    result["untrained"] = _report(tests, model)
     for settings in stages if row.learns else stages[1:]:
         data = ChatDataset(settings.data, processor, num_frames=settings.num_frames, features=features, seed=job.seed)
         features.fill(model, data, progress=False)
@@ -142,6 +150,11 @@ def run(job: Job) -> dict:
     with adapters_off(model):
         result["pictures with adapters off"] = _report({"image": tests["image"]}, model)["image"]
     return result
+
+
+def _made_with(model) -> dict[str, str]:
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+    return {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _report(tests: dict[str, QuestionSet], model) -> dict:

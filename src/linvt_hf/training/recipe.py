@@ -29,8 +29,8 @@ from .settings import SettingsError, TrainingSettings
 from .trainer import LinVTTrainer, Report, last_checkpoint
 
 SETTINGS_FILE, SKIPPED_FILE = "settings.yaml", "skipped.jsonl"
-# What may differ when a run is taken up again: it changes how the run goes, not what it learns.
-_FREE = (
+# What changes how a run goes and not what it learns, so that it may differ when one is taken up again.
+FREE = (
     *("output", "resume", "base", "workers", "log_every", "eval_every", "save_every"),
     *("feature_cache", "feature_memory"),
 )
@@ -233,7 +233,7 @@ def _earlier_run(settings: TrainingSettings, folder: Path) -> Path | None:
     except FileNotFoundError as error:
         raise SettingsError(f"{folder} holds a run without its {SETTINGS_FILE}; choose another output.") from error
     now = settings.to_dict()
-    differing = [name for name in now if name not in _FREE and before.get(name) != now[name]]
+    differing = [name for name in now if name not in FREE and before.get(name) != now[name]]
     if differing:
         listed = ", ".join(f"{name} ({before.get(name)} there, {now[name]} here)" for name in differing)
         raise SettingsError(
