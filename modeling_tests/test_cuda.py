@@ -1,13 +1,19 @@
-"""On a GPU: the CPU's numbers, half precision, and frames that go to the device a few at a time."""
+"""On a GPU: the CPU's numbers, half precision, training, and frames that go to the device a few at a time."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from test_originals import published
 from tiny_bases import NAMED
-from tiny_models import chat, encode, noise_video, wrapped
+from tiny_models import TINY_LINVT, chat, encode, noise_video, wrapped
+from training_data import losses, recipe
+from transformers import TrainerCallback
 
-from linvt_hf import LinVTForConditionalGeneration, VideoQuestionAnsweringPipeline
+from linvt_hf import LinVTForConditionalGeneration, VideoQuestionAnsweringPipeline, wrap
+from linvt_hf.training import LoraSettings, load_adapter, train
 
 pytestmark = [
     pytest.mark.cuda,
@@ -20,6 +26,12 @@ def on_gpu(name, folder, **kwargs):
     model, _ = wrapped(name)
     model.save_pretrained(folder)
     return LinVTForConditionalGeneration.from_pretrained(folder, device_map="cuda", **kwargs).eval()
+
+
+def assert_near(logits, expected, batch, share):
+    """The mean difference is below that share of the logits' own spread."""
+    real = batch["attention_mask"].bool()[..., None] & (expected > -1e30)  # Molmo's image tokens are never an answer
+    assert (logits - expected)[real].abs().mean() < share * expected[real].std()
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -60,8 +72,7 @@ def test_half_precision(name, dtype, tmp_path):
         expected = model(**batch).logits
         logits = gpu(**{key: value.cuda() for key, value in batch.items()}).logits.float().cpu()
     assert torch.isfinite(logits).all()
-    real = batch["attention_mask"].bool()
-    assert (logits - expected)[real].abs().mean() < 0.05 * expected[real].std()
+    assert_near(logits, expected, batch, 0.05)
 
 
 def test_no_synchronisation_in_the_tokenizer():
@@ -105,3 +116,81 @@ def test_pipeline(tmp_path):
     assert gpu(inputs, **settings) == cpu(inputs, **settings)
     ours, theirs = (pipe({**inputs[0], "choices": ["red", "blue"]}) for pipe in (gpu, cpu))
     assert [answer["answer"] for answer in ours] == [answer["answer"] for answer in theirs]
+
+
+@pytest.mark.parametrize("name", ["blip3_v1_5", "molmo_7b_d"])
+def test_a_published_checkpoint_goes_straight_to_the_gpu(name):
+    cpu, processor = wrap(published(name), **TINY_LINVT)
+    gpu, _ = wrap(published(name), model_kwargs={"device_map": "cuda"}, **TINY_LINVT)
+    assert {parameter.device.type for parameter in gpu.base.parameters()} == {"cuda"}
+    gpu.cuda().load_state_dict(cpu.state_dict())
+    batch = encode(processor, *CHATS)
+    with torch.no_grad():
+        logits = gpu(**{key: value.cuda() for key, value in batch.items()}).logits.cpu()
+        torch.testing.assert_close(logits, cpu(**batch).logits, atol=2e-3, rtol=2e-3)
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_both_stages_lower_the_loss_in_bfloat16(name, tmp_path):
+    fast = {"max_steps": 10, "batch_size": 8}
+    first = train(recipe(name, tmp_path / "1", learning_rate=3e-2, **fast))
+    second = recipe(name, tmp_path / "2", model=str(tmp_path / "1"), lora=LoraSettings(rank=4), **fast)
+    run = train(replace(second, lora_learning_rate=3e-2))
+    assert losses(run)[-1] < min(losses(run)[0], losses(first)[0]) - 0.1
+    frozen = [p for p in run.model.base.parameters() if not p.requires_grad and p.is_floating_point()]
+    assert {p.dtype for p in frozen} == {torch.bfloat16}
+    assert {p.device.type for p in run.model.parameters()} == {"cuda"}
+    loaded, processor = load_adapter(tmp_path / "2")  # on the CPU, in float32
+    batch = encode(processor, *CHATS)
+    with torch.no_grad():
+        logits = run.model(**{key: value.cuda() for key, value in batch.items()}).logits.float().cpu()
+        expected = loaded(**batch).logits.float()
+    assert_near(logits, expected, batch, 0.1)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_the_cpus_losses(cache, tmp_path, monkeypatch):
+    """In float32, with frames and with the features of a cache."""
+    values = {"bf16": False, "max_steps": 4, "lora": LoraSettings(rank=4, dropout=0.0), "feature_memory": cache}
+    gpu = losses(train(recipe("internvl_qwen2", tmp_path / "gpu", **values)))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        run = train(recipe("internvl_qwen2", tmp_path / "cpu", **values))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert {p.device.type for p in run.model.parameters()} == {"cpu"}
+    assert gpu == pytest.approx(losses(run), rel=2e-3)
+
+
+def test_a_run_goes_on_where_it_was(tmp_path):
+    """On another GPU process, with the optimizer's state and the dropout's random numbers where they were."""
+    values = {"max_steps": 6, "lora": LoraSettings(rank=4), "bf16": False}
+    whole = train(recipe("mipha", tmp_path / "whole", **values))
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                raise KeyboardInterrupt
+
+    parts = recipe("mipha", tmp_path / "parts", save_every=2, **values)
+    with pytest.raises(KeyboardInterrupt):
+        train(parts, callbacks=[Kill()])
+    assert losses(train(parts))[-2:] == pytest.approx(losses(whole)[-2:], rel=1e-4)
+
+
+def test_gradient_checkpointing_saves_memory(tmp_path):
+    def peak(checkpointing):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        name = f"{checkpointing}"
+        settings = recipe("qwen2_vl", tmp_path / name, max_steps=2, batch_size=8, gradient_checkpointing=checkpointing)
+        train(settings)
+        return torch.cuda.max_memory_allocated() - before
+
+    peak(True)
+    assert peak(True) < peak(False)
