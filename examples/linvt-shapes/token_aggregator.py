@@ -90,7 +90,8 @@ class TextConditionedAggregator(nn.Module):
             share = logits.softmax(dim=-1)
             count = window.mask.shape[1]
             weights.append(_with(window.spread(share[..., :count]), share[..., count:], dim=2))
-        return torch.cat(weights, dim=1)[:, self.token_order]
+        rows = torch.cat(weights, dim=1).unbind(dim=1)
+        return torch.stack([rows[query] for query in self.token_order], dim=1)  # a list as index makes a GPU wait
 
 
 def _with(first: Tensor, second: Tensor | None, dim: int = 1) -> Tensor:
