@@ -7,6 +7,7 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import original_blip3
 import original_mipha
 import original_molmo
 import pytest
@@ -225,6 +226,25 @@ def test_without_tokenizer_files_the_weights_are_converted(copied, tmp_path, cap
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "out").config.image_token_id
     with pytest.raises(ValueError, match="holds no tokenizer"):
         wrap(copied)
+
+
+@pytest.mark.parametrize(
+    ("vision", "cut", "doubt"),
+    [
+        ({"image_aspect_ratio": "anyres", "anyres_patch_sampling": True}, "anyres", ""),
+        ({"image_aspect_ratio": "pad", "anyres_patch_sampling": False}, "squash", ""),
+        ({"image_aspect_ratio": "anyres"}, "squash", "does not set anyres_patch_sampling, so"),
+        ({}, "squash", "does not set image_aspect_ratio, so"),
+    ],
+)
+def test_how_blip3_cuts_images_is_what_its_config_says(vision, cut, doubt, tmp_path, caplog):
+    folder = original_blip3.write("blip3_base_r_v1", tmp_path / "published")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vision_encoder_config": vision}))
+    convert(folder, tmp_path / "out")
+    for file in ("config.json", "preprocessor_config.json"):
+        assert json.loads((tmp_path / "out" / file).read_text())["image_aspect_ratio"] == cut
+    assert ("does not set" in caplog.text) == bool(doubt) and doubt in caplog.text
 
 
 def test_wrap_takes_what_was_published(published, tmp_path):

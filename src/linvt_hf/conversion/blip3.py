@@ -8,12 +8,15 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers import CLIPVisionConfig, Phi3Config, SiglipVisionConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils import logging
 
 from ..configuration_blip3 import Blip3Config
 from ..processing_blip3 import CHAT_TEMPLATE, Blip3ImageProcessor
 from .checkpoint import Checkpoint
 from .original import Original, ProcessorParts, layers, taken
 from .rules import Drop, Rule, join
+
+logger = logging.get_logger(__name__)
 
 _VISION = "vlm.vision_encoder"
 _RESAMPLER = "vlm.vision_tokenizer"
@@ -58,6 +61,7 @@ class Blip3(Original):
             resampler_head_dim=inner // _HEADS,
             resampler_reads_text=f"{_RESAMPLER}.text_projection.0.weight" in shapes,
             image_token_id=words,
+            image_aspect_ratio=_image_aspect_ratio(checkpoint),
             tie_word_embeddings=False,
         )
 
@@ -100,7 +104,10 @@ class Blip3(Original):
         open_clip = config.vision_config.model_type == "clip_vision_model"
         mean, std = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD) if open_clip else ([0.5] * 3, [0.5] * 3)
         image_processor = Blip3ImageProcessor(
-            size={"height": size, "width": size}, image_mean=list(mean), image_std=list(std)
+            size={"height": size, "width": size},
+            image_mean=list(mean),
+            image_std=list(std),
+            image_aspect_ratio=config.image_aspect_ratio,
         )
         settings = {"processor_class": "Blip3Processor", "num_image_tokens": config.num_image_tokens}
         return ProcessorParts(image_processor, tokenizer, settings, CHAT_TEMPLATE)
@@ -109,6 +116,22 @@ class Blip3(Original):
 def _appended(words: int) -> Callable[[Tensor, Tensor], Tensor]:
     """Rows of a table after the tokenizer's `words` were never trained; those of the added tokens take their place."""
     return lambda table, added: join(table[:words], added)
+
+
+def _image_aspect_ratio(checkpoint: Checkpoint) -> str:
+    """Of still images, "anyres" or "squash", which is what the makers' image processor does without crops."""
+    vision = checkpoint.config.get("vision_encoder_config") or {}
+    told = vision.get("image_aspect_ratio")
+    if told == "anyres" and vision.get("anyres_patch_sampling"):
+        return "anyres"
+    if told in (None, "anyres"):
+        lacks = "image_aspect_ratio" if told is None else "anyres_patch_sampling"
+        logger.warning(
+            f"The vision_encoder_config of {checkpoint.path} does not set {lacks}, so a still image becomes one "
+            "squashed tile without crops, as a video's frame does anyway; set image_aspect_ratio in what is written "
+            'to "anyres" if you know it better.'
+        )
+    return "squash"
 
 
 def _is_open_clip(checkpoint: Checkpoint) -> bool:
