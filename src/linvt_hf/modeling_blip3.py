@@ -11,6 +11,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_blip3 import Blip3Config, select_grid
+from .image_llm_parts import ImageLLMHeadMixin, ImageLLMModelMixin
 from .resampler_blip3 import Blip3PerceiverResampler
 
 
@@ -34,7 +35,7 @@ class Blip3PreTrainedModel(PreTrainedModel):
             init.normal_(module.latents)
 
 
-class Blip3Model(Blip3PreTrainedModel):
+class Blip3Model(ImageLLMModelMixin, Blip3PreTrainedModel):
     """BLIP-3 (github.com/salesforce/LAVIS, branch xgen-mm, arXiv 2408.08872) without its output head."""
 
     def __init__(self, config: Blip3Config):
@@ -43,12 +44,6 @@ class Blip3Model(Blip3PreTrainedModel):
         self.multi_modal_projector = Blip3PerceiverResampler(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
     def get_image_features(
@@ -133,13 +128,6 @@ class Blip3Model(Blip3PreTrainedModel):
             return self.vision_tower.post_layernorm(hidden_state[:, 1:])
         return hidden_state
 
-    def image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """Where visual tokens go, [B, S]; without ids, as in transformers, a placeholder's embedding tells."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
-
     def _image_texts(self, embeds: Tensor, places: Tensor, words: Tensor, counts: list[int]) -> list[Tensor]:
         """
         The prompt of each image, as a resampler that reads it was shown it: its first tokens, a picture as one.
@@ -183,10 +171,7 @@ class Blip3Model(Blip3PreTrainedModel):
 
         Raises `ValueError` when visual tokens and places for them do not match in number.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds; both or neither were given.")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        inputs_embeds = self.embed_prompt(input_ids, inputs_embeds)
         image_tokens = None
         if pixel_values is not None:
             places = self.image_places(input_ids, inputs_embeds)
@@ -199,55 +184,29 @@ class Blip3Model(Blip3PreTrainedModel):
                 texts = self._image_texts(inputs_embeds, places, words, counts)
             features = self.get_image_features(pixel_values, image_sizes, texts, return_dict=True).pooler_output
             image_tokens = torch.cat(tuple(features)).to(inputs_embeds)  # [places, D]
-            if not torch.compiler.is_compiling() and (found := int(places.sum())) != len(image_tokens):
-                raise ValueError(
-                    f"The prompts hold {found} places for visual tokens, but the images make {len(image_tokens)}; "
-                    "pass the processor's output unchanged."
-                )
-            inputs_embeds = inputs_embeds.masked_scatter(places[..., None], image_tokens)
-        output = self.language_model(
+            inputs_embeds = self.in_places(inputs_embeds, image_tokens, places)
+        return self.read(
+            inputs_embeds,
+            image_tokens,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
-        return LlavaModelOutputWithPast(
-            last_hidden_state=output.last_hidden_state,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            image_hidden_states=image_tokens,
-        )
 
 
-class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
+class Blip3ForConditionalGeneration(ImageLLMHeadMixin, Blip3PreTrainedModel, GenerationMixin):
     """BLIP-3 with its output head, which has a bias, unlike Phi-3's own."""
 
     _auto_class = "AutoModelForImageTextToText"
+    image_inputs = ("pixel_values", "image_sizes")
 
     def __init__(self, config: Blip3Config):
         super().__init__(config)
         self.model = Blip3Model(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=True)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module):
-        self.lm_head = value
-
-    def get_image_features(self, pixel_values: Tensor, *args, **kwargs) -> BaseModelOutputWithPooling:
-        """See `Blip3Model.get_image_features`."""
-        return self.model.get_image_features(pixel_values, *args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -281,58 +240,11 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
-        return LlavaCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            image_hidden_states=output.image_hidden_states,
-        )
+        return self.say(output, labels, logits_to_keep, **kwargs)
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        inputs_embeds=None,
-        pixel_values=None,
-        image_sizes=None,
-        is_first_iteration=False,
-        use_cache=True,
-        **kwargs,
-    ):
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        if is_first_iteration or not use_cache:  # later the images are in the cache
-            model_inputs.update(pixel_values=pixel_values, image_sizes=image_sizes)
-        return model_inputs
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Beams and samples: each prompt's images stay together, instead of each image being repeated alone."""
-        images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_sizes")}
-        images = {name: value for name, value in images.items() if value is not None}
-        if "pixel_values" in images and expand_size > 1:
-            ids = input_ids if input_ids is not None and input_ids.shape[1] else None
-            places = self.model.image_places(ids, model_kwargs.get("inputs_embeds"))
-            ends = places.sum(dim=1).cumsum(0).cpu()  # [B]
-            tiles = self.model.num_tiles(**images)
-            prompt = torch.searchsorted(ends, torch.tensor(tiles).cumsum(0) * self.config.num_image_tokens)
-            rows = [(prompt == index).nonzero()[:, 0] for index in range(len(ends))]
-            rows = torch.cat([row for row in rows for _ in range(expand_size)])
-            images = {name: value[rows.to(value.device)] for name, value in images.items()}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        return input_ids, {**model_kwargs, **images}
+    def num_places(self, images):
+        tiles = self.model.num_tiles(images["pixel_values"], images.get("image_sizes"))
+        return torch.tensor(tiles) * self.config.num_image_tokens
 
 
 def regroup_crops(image: Tensor, grid: tuple[int, int]) -> Tensor:

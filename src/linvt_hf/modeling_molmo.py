@@ -20,9 +20,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_molmo import MolmoConfig
-
-# Inputs of which a prompt has as many rows as its images have crops.
-CROP_INPUTS = ("pixel_values", "image_masks", "image_token_order")
+from .image_llm_parts import ImageLLMHeadMixin, ImageLLMModelMixin
 
 
 class MolmoPooling(nn.Module):  # transformers takes a module named for attention for one whose kernel it may choose
@@ -98,7 +96,7 @@ class MolmoPreTrainedModel(PreTrainedModel):
             init.zeros_(module.pad_embed)
 
 
-class MolmoModel(MolmoPreTrainedModel):
+class MolmoModel(ImageLLMModelMixin, MolmoPreTrainedModel):
     """Molmo (github.com/allenai/molmo, arXiv 2409.17146) without its output head."""
 
     def __init__(self, config: MolmoConfig):
@@ -108,12 +106,6 @@ class MolmoModel(MolmoPreTrainedModel):
         self.multi_modal_projector = MolmoMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
     def get_image_features(
@@ -139,13 +131,6 @@ class MolmoModel(MolmoPreTrainedModel):
         output.pooler_output = self.multi_modal_projector(patches, image_masks)
         return output
 
-    def image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """Where visual tokens go, [B, S]; without ids, as in transformers, a placeholder's embedding tells."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
-
     @can_return_tuple
     def forward(
         self,
@@ -169,44 +154,30 @@ class MolmoModel(MolmoPreTrainedModel):
 
         Raises `ValueError` when visual tokens and places for them do not match in number.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds; both or neither were given.")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        inputs_embeds = self.embed_prompt(input_ids, inputs_embeds)
         image_tokens = None
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, image_masks, return_dict=True).pooler_output
             image_tokens = stitch(features, image_token_order).to(inputs_embeds)  # [places, D]
             places = self.image_places(input_ids, inputs_embeds)
-            if not torch.compiler.is_compiling() and (found := int(places.sum())) != len(image_tokens):
-                raise ValueError(
-                    f"The prompts hold {found} places for visual tokens, but the images make {len(image_tokens)}; "
-                    "pass the processor's output unchanged."
-                )
             # Molmo adds a visual token to its placeholder's embedding and does not replace it.
-            added = torch.zeros_like(inputs_embeds).masked_scatter(places[..., None], image_tokens)
-            inputs_embeds = inputs_embeds + added
-        output = self.language_model(
+            inputs_embeds = inputs_embeds + self.in_places(torch.zeros_like(inputs_embeds), image_tokens, places)
+        return self.read(
+            inputs_embeds,
+            image_tokens,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
-        return LlavaModelOutputWithPast(
-            last_hidden_state=output.last_hidden_state,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            image_hidden_states=image_tokens,
-        )
 
 
-class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
+class MolmoForConditionalGeneration(ImageLLMHeadMixin, MolmoPreTrainedModel, GenerationMixin):
     """Molmo with its output head, which has fewer rows than the input table: it cannot say the tokens of images."""
 
     _auto_class = "AutoModelForImageTextToText"
+    image_inputs = ("pixel_values", "image_masks", "image_token_order")
 
     def __init__(self, config: MolmoConfig):
         super().__init__(config)
@@ -214,29 +185,11 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.output_vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module):
-        self.lm_head = value
-
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """`PreTrainedModel.resize_token_embeddings`, after which table and head have the same number of rows."""
         table = super().resize_token_embeddings(*args, **kwargs)
         self.config.output_vocab_size = self.lm_head.weight.shape[0]
         return table
-
-    def get_image_features(
-        self, pixel_values: Tensor, image_masks: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> BaseModelOutputWithPooling:
-        """See `MolmoModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, image_masks, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -273,64 +226,17 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
+        output = self.say(output, labels, logits_to_keep, **kwargs)
         # Generation takes the table's length for the logits' (beams), and looks up a prompt's ids there (penalties).
-        missing = self.config.text_config.vocab_size - logits.shape[-1]
-        logits = F.pad(logits, (0, missing), value=torch.finfo(logits.dtype).min)
-        return LlavaCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            image_hidden_states=output.image_hidden_states,
-        )
+        missing = self.config.text_config.vocab_size - output.logits.shape[-1]
+        output.logits = F.pad(output.logits, (0, missing), value=torch.finfo(output.logits.dtype).min)
+        return output
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        inputs_embeds=None,
-        pixel_values=None,
-        image_masks=None,
-        image_token_order=None,
-        is_first_iteration=False,
-        use_cache=True,
-        **kwargs,
-    ):
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        if is_first_iteration or not use_cache:  # later the images are in the cache
-            model_inputs.update(
-                pixel_values=pixel_values, image_masks=image_masks, image_token_order=image_token_order
-            )
-        return model_inputs
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Beams and samples: each prompt's crops stay together, instead of each crop being repeated alone."""
-        crops = {name: model_kwargs.pop(name) for name in CROP_INPUTS if model_kwargs.get(name) is not None}
-        if crops and expand_size > 1:
-            ids = input_ids if input_ids is not None and input_ids.shape[1] else None
-            ends = self.model.image_places(ids, model_kwargs.get("inputs_embeds")).sum(dim=1).cumsum(0)  # [B]
-            order = crops.get("image_token_order")
-            if order is None:
-                order = torch.zeros(len(crops["pixel_values"]), self.config.tokens_per_crop, device=ends.device)
-            prompt = torch.searchsorted(ends, (order >= 0).sum(dim=1).cumsum(0).to(ends.device))  # [crops]
-            rows = [(prompt == index).nonzero()[:, 0] for index in range(len(ends))]
-            rows = torch.cat([row for row in rows for _ in range(expand_size)])
-            crops = {name: value[rows.to(value.device)] for name, value in crops.items()}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        return input_ids, {**model_kwargs, **crops}
+    def num_places(self, images):
+        order = images.get("image_token_order")
+        if order is None:
+            return torch.full((len(images["pixel_values"]),), self.config.tokens_per_crop)
+        return (order >= 0).sum(dim=1)
 
 
 def stitch(features: Tensor, order: Tensor | None) -> Tensor:
