@@ -9,7 +9,7 @@ from tiny_models import base_folder, chat, encode, noise_video, wrapped
 from video_files import moving_square, write_video
 
 from linvt_hf import LinVTProcessor, wrap
-from linvt_hf.processing_linvt import VIDEO_TOKEN, _turn_marks
+from linvt_hf.chat_templates import VIDEO_TOKEN, turn_marks
 
 every_base = pytest.mark.parametrize("name", [*NAMED, *UNNAMED, "qwen3_vl"])
 
@@ -60,7 +60,7 @@ def test_the_newest_question_counts():
 
 def test_an_end_of_turn_that_is_the_tokenizers_eos_marks_a_question():
     template = CHATML.replace("IMAGE", "<image>")
-    assert _turn_marks(template, (("eos_token", "<|im_end|>"),)) == (
+    assert turn_marks(template, (("eos_token", "<|im_end|>"),)) == (
         "<|im_start|>user\n",
         "<|im_end|>\n<|im_start|>assistant\n",
     )

@@ -14,41 +14,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from .chat_templates import VIDEO_TOKEN, blocks_of, newest_words, turn_marks
 from .processing_blip3 import Blip3Processor
 from .processing_molmo import MolmoProcessor
 from .video_reading import Clip, is_one_video, read_video
 
-VIDEO_TOKEN = "<|linvt_video|>"
 OWN_PROCESSORS = {processor.__name__: processor for processor in (Blip3Processor, MolmoProcessor)}
 
 # How each text input is padded in a batch; input_ids by the tokenizer's own padding token.
 _TEXT_PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
-
-# Goes before the base's own chat template: a video block becomes text that holds the video's placeholder, so that
-# every template can place it. Everything else reaches the base's template as it was.
-_VIDEOS_TO_TEXT = """\
-{%- set linvt = namespace(messages=[], content=[]) -%}
-{%- for message in messages -%}
-{%- if message['content'] is defined and message['content'] is not string and message['content'] is iterable -%}
-{%- set linvt.content = [] -%}
-{%- for block in message['content'] -%}
-{%- if block['type'] == 'video' -%}
-{%- set linvt.content = linvt.content + [{'type': 'text', 'text': 'VIDEO_PROMPT'}] -%}
-{%- else -%}{%- set linvt.content = linvt.content + [block] -%}{%- endif -%}
-{%- endfor -%}
-{%- set linvt.messages = linvt.messages + [dict(message, content=linvt.content)] -%}
-{%- else -%}{%- set linvt.messages = linvt.messages + [message] -%}{%- endif -%}
-{%- endfor -%}
-{%- set messages = linvt.messages -%}
-"""
-
-
-def chat_template_with_videos(base_template: str, video_prompt: str, video_token: str = VIDEO_TOKEN) -> str:
-    """The base's chat template, taught where videos go. `video_prompt` holds `{video}`, e.g. "{video}\\n"."""
-    text = video_prompt.format(video=video_token).replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return _VIDEOS_TO_TEXT.replace("VIDEO_PROMPT", text) + base_template
 
 
 class LinVTProcessor(ProcessorMixin):
@@ -171,13 +146,14 @@ class LinVTProcessor(ProcessorMixin):
         if kwargs.get("tokenize"):
             processor_kwargs = dict(processor_kwargs or {})
             batch = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
-            if kwargs.get("return_assistant_tokens_mask") and any(_blocks(turn, "video") for c in batch for turn in c):
+            with_videos = any(blocks_of(turn, "video") for messages in batch for turn in messages)
+            if with_videos and kwargs.get("return_assistant_tokens_mask"):
                 raise ValueError(
                     "return_assistant_tokens_mask does not count a video's tokens; find the answers by the template's "
                     "own marks, or leave it out."
                 )
             if "questions" not in kwargs:
-                processor_kwargs.setdefault("questions", [_newest_words(messages) for messages in batch])
+                processor_kwargs.setdefault("questions", [newest_words(messages) for messages in batch])
         return super().apply_chat_template(conversation, *args, processor_kwargs=processor_kwargs, **kwargs)
 
     # ---- text and images: the base's own way ----
@@ -355,7 +331,7 @@ class LinVTProcessor(ProcessorMixin):
         template = self.chat_template
         if isinstance(template, dict):
             template = template.get("default")
-        return _turn_marks(template, tuple(self.tokenizer.special_tokens_map.items())) if template else ("", "")
+        return turn_marks(template, tuple(self.tokenizer.special_tokens_map.items())) if template else ("", "")
 
     @property
     def model_input_names(self) -> list[str]:
@@ -367,40 +343,6 @@ class LinVTProcessor(ProcessorMixin):
 def processor_class_of(name: str | None) -> type[ProcessorMixin] | None:
     """A processor's class by name: one of ours, for bases that transformers lacks, or of transformers."""
     return OWN_PROCESSORS.get(name) or getattr(transformers, name or "", None)
-
-
-@lru_cache(maxsize=16)
-def _turn_marks(template: str, special_tokens: tuple) -> tuple[str, str]:
-    """Learned by rendering: user says A, assistant says B, user says C; the marks are what both user turns share."""
-
-    def render(as_blocks: bool) -> str:
-        turns = [("user", "LINVTA"), ("assistant", "LINVTB"), ("user", "LINVTC")]
-        chat = [{"role": r, "content": [{"type": "text", "text": t}] if as_blocks else t} for r, t in turns]
-        rendered, _ = render_jinja_template(
-            conversations=[chat], chat_template=template, add_generation_prompt=True, **dict(special_tokens)
-        )
-        return rendered[0]
-
-    # What begins a conversation or ends an answer stands before a turn and belongs to none. As one character, of no
-    # text, it is shared by two turns as a whole or not at all, and can be left out.
-    tokens = dict(special_tokens)
-    ends = {tokens[name]: sign for name, sign in (("bos_token", "\ue000"), ("eos_token", "\ue001")) if name in tokens}
-
-    for as_blocks in (True, False):
-        try:
-            rendered = render(as_blocks)
-        except Exception:  # a template may refuse either form of content in whatever way it likes
-            continue
-        for token, sign in ends.items():
-            rendered = rendered.replace(token, sign)
-        if parts := re.fullmatch("(.*)LINVTA(.*)LINVTB(.*)LINVTC(.*)", rendered, flags=re.DOTALL):
-            first, answer, second, last = parts.groups()
-            header = os.path.commonprefix([first[::-1], second[::-1]])[::-1]
-            footer = os.path.commonprefix([answer, last])
-            for token, sign in ends.items():
-                header, footer = header.rpartition(sign)[2], footer.replace(sign, token)
-            return header, footer
-    return "", ""
 
 
 @lru_cache(maxsize=16)
@@ -416,22 +358,6 @@ def _without_video_processor(processor_class: type) -> type:
         (processor_class,),
         {"check_argument_for_proper_class": check_argument_for_proper_class},
     )
-
-
-def _blocks(message: dict, kind: str) -> list[dict]:
-    content = message.get("content")
-    return [] if not content or isinstance(content, str) else [block for block in content if block["type"] == kind]
-
-
-def _newest_words(messages: list[dict]) -> str:
-    """What the user said last: the text of the newest user turn that has any."""
-    for message in reversed(messages):
-        if message["role"] == "user":
-            content = message.get("content") or ""
-            words = content if isinstance(content, str) else " ".join(b["text"] for b in _blocks(message, "text"))
-            if words.strip():
-                return words.strip()
-    return ""
 
 
 def _has_times(video) -> bool:

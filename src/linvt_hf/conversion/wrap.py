@@ -8,10 +8,11 @@ from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
+from ..chat_templates import VIDEO_TOKEN, chat_template_with_videos
 from ..configuration_linvt import LinVTConfig, check_fields
 from ..image_llm import ImageLLM, image_llm_of
 from ..modeling_linvt import LinVTForConditionalGeneration
-from ..processing_linvt import VIDEO_TOKEN, LinVTProcessor, chat_template_with_videos
+from ..processing_linvt import LinVTProcessor
 from .loading import load_base, load_processor_parts
 
 logger = logging.get_logger(__name__)

@@ -1,0 +1,91 @@
+"""What chat templates do with videos and questions: where a video goes, and which words the user said last."""
+
+import os
+import re
+from functools import lru_cache
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+VIDEO_TOKEN = "<|linvt_video|>"
+
+# Goes before the base's own chat template: a video block becomes text that holds the video's placeholder, so that
+# every template can place it. Everything else reaches the base's template as it was.
+_VIDEOS_TO_TEXT = """\
+{%- set linvt = namespace(messages=[], content=[]) -%}
+{%- for message in messages -%}
+{%- if message['content'] is defined and message['content'] is not string and message['content'] is iterable -%}
+{%- set linvt.content = [] -%}
+{%- for block in message['content'] -%}
+{%- if block['type'] == 'video' -%}
+{%- set linvt.content = linvt.content + [{'type': 'text', 'text': 'VIDEO_PROMPT'}] -%}
+{%- else -%}{%- set linvt.content = linvt.content + [block] -%}{%- endif -%}
+{%- endfor -%}
+{%- set linvt.messages = linvt.messages + [dict(message, content=linvt.content)] -%}
+{%- else -%}{%- set linvt.messages = linvt.messages + [message] -%}{%- endif -%}
+{%- endfor -%}
+{%- set messages = linvt.messages -%}
+"""
+
+
+def chat_template_with_videos(base_template: str, video_prompt: str, video_token: str = VIDEO_TOKEN) -> str:
+    """The base's chat template, taught where videos go. `video_prompt` holds `{video}`, e.g. "{video}\\n"."""
+    text = video_prompt.format(video=video_token).replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return _VIDEOS_TO_TEXT.replace("VIDEO_PROMPT", text) + base_template
+
+
+@lru_cache(maxsize=16)
+def turn_marks(template: str, special_tokens: tuple) -> tuple[str, str]:
+    """
+    What a template writes right before and right after a user's words; two empty texts where that cannot be told.
+
+    Learned by rendering: user says A, assistant says B, user says C; the marks are what both user turns share.
+    """
+
+    def render(as_blocks: bool) -> str:
+        turns = [("user", "LINVTA"), ("assistant", "LINVTB"), ("user", "LINVTC")]
+        chat = [{"role": r, "content": [{"type": "text", "text": t}] if as_blocks else t} for r, t in turns]
+        rendered, _ = render_jinja_template(
+            conversations=[chat], chat_template=template, add_generation_prompt=True, **dict(special_tokens)
+        )
+        return rendered[0]
+
+    # What begins a conversation or ends an answer stands before a turn and belongs to none. As one character, of no
+    # text, it is shared by two turns as a whole or not at all, and can be left out.
+    tokens = dict(special_tokens)
+    ends = {tokens[name]: sign for name, sign in (("bos_token", "\ue000"), ("eos_token", "\ue001")) if name in tokens}
+
+    for as_blocks in (True, False):
+        try:
+            rendered = render(as_blocks)
+        except Exception:  # a template may refuse either form of content in whatever way it likes
+            continue
+        for token, sign in ends.items():
+            rendered = rendered.replace(token, sign)
+        if parts := re.fullmatch("(.*)LINVTA(.*)LINVTB(.*)LINVTC(.*)", rendered, flags=re.DOTALL):
+            first, answer, second, last = parts.groups()
+            header = os.path.commonprefix([first[::-1], second[::-1]])[::-1]
+            footer = os.path.commonprefix([answer, last])
+            for token, sign in ends.items():
+                header, footer = header.rpartition(sign)[2], footer.replace(sign, token)
+            return header, footer
+    return "", ""
+
+
+def blocks_of(message: dict, kind: str) -> list[dict]:
+    """A message's blocks of one type; none of a message that is plain text."""
+    content = message.get("content")
+    return [] if not content or isinstance(content, str) else [block for block in content if block["type"] == kind]
+
+
+def newest_words(messages: list[dict]) -> str:
+    """What the user said last: the text of the newest user turn that has any."""
+    for message in reversed(messages):
+        if message["role"] == "user":
+            content = message.get("content") or ""
+            words = content if isinstance(content, str) else " ".join(b["text"] for b in blocks_of(message, "text"))
+            if words.strip():
+                return words.strip()
+    return ""
+
+
+__all__ = ["VIDEO_TOKEN", "blocks_of", "chat_template_with_videos", "newest_words", "turn_marks"]
