@@ -3,6 +3,7 @@
 import ast
 import io
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +17,9 @@ av = pytest.importorskip("av", reason="the tests write and read video files with
 from video_files import frame_index, moving_square, write_audio, write_video  # noqa: E402
 
 import linvt_hf.video_reading as video_reading  # noqa: E402
-from linvt_hf.video_reading import Clip, is_one_video, read_video, sample_indices  # noqa: E402
+from linvt_hf import video_decoding  # noqa: E402
+from linvt_hf.video_reading import Clip, VideoReadError, is_one_video, read_video  # noqa: E402
+from linvt_hf.video_sampling import sample_indices  # noqa: E402
 
 FRAMES = moving_square(24)
 CENTRES = [2, 7, 12, 16, 21]  # of five segments of 24 frames
@@ -57,13 +60,15 @@ def mp4(tmp_path_factory):
 @pytest.fixture
 def scans(monkeypatch):
     """Which scans a reading made: False for packets only, True for a full decode."""
-    made, scan = [], video_reading._scan
+    made = []
+    for decodes, name in ((False, "list_packets"), (True, "list_frames")):
+        list_them = getattr(video_decoding, name)
 
-    def spy(file, name, decode):
-        made.append(decode)
-        return scan(file, name, decode)
+        def spy(container, stream, decodes=decodes, list_them=list_them):
+            made.append(decodes)
+            return list_them(container, stream)
 
-    monkeypatch.setattr(video_reading, "_scan", spy)
+        monkeypatch.setattr(video_decoding, name, spy)
     return made
 
 
@@ -243,7 +248,7 @@ def test_h264_where_packets_lie(tmp_path, scans, name, fps):
     assert clip.duration == pytest.approx(24 / fps)
 
 
-def test_damaged_packets_are_left_out(tmp_path, scans):
+def test_damaged_packets_are_left_out(tmp_path, scans, caplog):
     path = write_video(tmp_path / "intra.mkv", FRAMES, codec="mjpeg")
     data = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
@@ -251,19 +256,27 @@ def test_damaged_packets_are_left_out(tmp_path, scans):
     for index in (3, 12):
         at = data.find(spans[index])
         data[at : at + len(spans[index])] = bytes(len(spans[index]))
-    clip = read_video(bytes(data), num_frames=None)
+    with pytest.raises(
+        VideoReadError, match="is damaged: after frame .* cannot be decoded .*on_error='keep' gives the 22"
+    ):
+        read_video(bytes(data), num_frames=None)
+    scans.clear()
+    clip = read_video(bytes(data), num_frames=None, on_error="keep")
+    assert "is damaged: after frame" in caplog.text and "it gives 22 frames" in caplog.text
     assert scans == [False, True]
     there = [i for i in range(24) if i not in (3, 12)]
     assert indices(clip) == there and clip.total_frames == 22
     assert clip.times.tolist() == pytest.approx([i / 8 for i in there], abs=0.001)
-    assert len(read_video(bytes(data), num_frames=5).frames) == 5
+    assert len(read_video(bytes(data), num_frames=5, on_error="keep").frames) == 5
 
 
-def test_a_file_that_breaks_off(tmp_path):
-    data = write_video(tmp_path / "whole.mkv", FRAMES, codec="mjpeg").read_bytes()
-    clip = read_video(data[: len(data) // 2], num_frames=None)
-    assert 5 < clip.total_frames < 20
-    assert indices(clip) == list(range(clip.total_frames))
+@pytest.mark.parametrize("name, codec", [("whole.mkv", "mjpeg"), ("whole.mp4", H264), ("whole.ts", H264)])
+def test_a_file_that_breaks_off(tmp_path, name, codec):
+    data = write_video(tmp_path / name, FRAMES, codec=codec, faststart=True).read_bytes()
+    clip = read_video(data[: len(data) * 3 // 4], num_frames=None, on_error="keep")
+    there = indices(clip)
+    assert 2 < len(there) == clip.total_frames < 24
+    assert there == sorted(there) and there[:3] == [0, 1, 2]  # of the last ones, not all can be decoded
 
 
 @pytest.mark.skipif(H264 != "libx264", reason="this PyAV has no libx264 encoder to write the file with")
@@ -507,15 +520,19 @@ def test_without_pyav(mp4, monkeypatch):
     assert len(read_video(FRAMES, num_frames=5).frames) == 5
 
 
-def test_the_module_stands_alone():
-    source = pathlib.Path(video_reading.__file__).read_text()
+def test_the_modules_stand_alone(tmp_path):
+    files = sorted(pathlib.Path(video_reading.__file__).parent.glob("video_[!t]*.py"))
+    assert len(files) == 4
     imported = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
-            imported.add(node.module.split(".")[0])
+    for file in files:
+        shutil.copy(file, tmp_path)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level:
+                assert f"{node.module}.py" in {other.name for other in files}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
     assert imported - set(sys.stdlib_module_names) == {"av", "numpy", "PIL", "torch"}
-    code = "import runpy, sys; runpy.run_path(sys.argv[1]); assert 'av' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, video_reading.__file__], check=True)
+    code = f"import sys; import {tmp_path.name}.video_reading; assert 'av' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path.parent)

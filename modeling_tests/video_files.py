@@ -72,12 +72,14 @@ def write_video(
     display_matrix: Sequence[int] | None = None,
     options: dict[str, str] | None = None,
     format: str | None = None,
+    faststart: bool = False,
 ) -> Any:
     """Encode `frames` (uint8 [T, H, W, 3]) to `path` with PyAV and return `path`.
 
     The codec follows the file's ending unless given. `times` (seconds, one per frame, to the millisecond) makes the
     frame rate variable. `rotation` (degrees, counterclockwise) or `display_matrix` (nine integers) is the metadata
-    by which a player turns the picture. `format` names the container where `path` is a file object.
+    by which a player turns the picture. `format` names the container where `path` is a file object;
+    `faststart` puts an mp4's table of contents before its frames.
     """
     import av
 
@@ -85,7 +87,9 @@ def write_video(
     codec = codec or CODECS.get(suffix or f".{format}", "libx264")
     frames = np.asarray(frames)
     rate = Fraction(fps).limit_denominator(1001)
-    with av.open(path if hasattr(path, "write") else str(path), "w", format=format) as container:
+    muxing = {"movflags": "faststart"} if faststart else {}
+    file = path if hasattr(path, "write") else str(path)
+    with av.open(file, "w", format=format, container_options=muxing) as container:
         stream = container.add_stream(codec, rate=rate, options=dict(options or {}))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pix_fmt or PIXELS.get(codec, "yuv420p")

@@ -1,26 +1,30 @@
 """Videos in, sampled frames and their times out.
 
 `read_video` takes a video in any of the forms people hold one (a file, its bytes, an array, a list of pictures) and
-returns a `Clip`. This file stands alone, without the rest of the package, and needs PyAV only to read a video file.
+returns a `Clip`. This file and those it imports, `video_*.py`, stand alone, without the rest of the package, and need
+PyAV only to read a video file.
 """
 
-import contextlib
 import io
-import math
+import logging
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
 import PIL.Image
 import torch
+
+from .video_decoding import VideoFile
+from .video_index import VideoIndex, VideoReadError
+from .video_sampling import Sampling
+
+logger = logging.getLogger(__name__)
 
 # In a list, files with these endings are the frames of one video. GIF is not among them: a list of GIFs is several.
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -44,34 +48,56 @@ class Clip:
     total_frames: int
 
 
-def read_video(source: Any, *, num_frames: int | None = 32, fps: float | None = None) -> Clip:
-    """Read one video and sample its frames.
+def read_video(
+    source: Any,
+    *,
+    num_frames: int | None = 32,
+    fps: float | None = None,
+    indices: Sequence[int] | None = None,
+    times: Sequence[float] | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    exact: bool = True,
+    on_error: Literal["raise", "keep"] = "raise",
+    threads: int | None = None,
+) -> Clip:
+    """
+    Reads one video and samples its frames.
 
-    source: one of
-        - a path (str or Path), a `file://` or http(s) URL, the bytes of a file, a binary file object (which is read
-          from its start and left open);
-        - a uint8 array or tensor [T, H, W, 3], or [T, 3, H, W] where that is not ambiguous;
-        - a list of PIL images, of image paths, or of uint8 arrays [H, W, 3], all of one size;
-        - a `Clip`, which is returned as it is.
-    num_frames: how many frames, taken at the centres of that many equal segments; a shorter source gives each of its
-        frames once. None sets no limit.
-    fps: sample the frames nearest to 0, 1/fps, 2/fps, ... seconds instead, at most `num_frames` of them.
+    Args:
+        source: one of
+            - a path (str or Path), a `file://` or http(s) URL, the bytes of a file, a binary file object (which is
+              read from its start and left open);
+            - a uint8 array or tensor [T, H, W, 3], or [T, 3, H, W] where that is not ambiguous;
+            - a list of PIL images, of image paths, or of uint8 arrays [H, W, 3], all of one size;
+            - a `Clip`, which is returned as it is.
+        num_frames: how many frames, taken at the centres of that many equal segments; a shorter source gives each of
+            its frames once. None sets no limit.
+        fps: the frames nearest to 0, 1/fps, 2/fps, ... seconds instead, at most `num_frames` of them.
+        indices: these frames instead, in this order; those beyond the last are the last.
+        times: the frames shown at these seconds instead, in this order, clamped to what there is.
+        start, end: seconds; only what is shown in between is sampled.
+        exact: False takes the nearest key frames instead, each once, which a long file gives much sooner.
+        on_error: what becomes of a file that is damaged or cut short: an error, or, with "keep", what is left of it.
+        threads: that decode a file; None for as many as PyTorch uses.
 
-    Raises FileNotFoundError for a path that does not exist, and ValueError for a source that cannot be read or does
-    not have the form above, for num_frames < 1, fps <= 0, or fps where the source has no times.
+    Raises `FileNotFoundError` for a path that does not exist, `VideoReadError` for a file that cannot be read, and
+    `ValueError`, which that is too, for a source or arguments that are not as above, and for times that are asked of
+    a source without any.
     """
     if isinstance(source, Clip):
         return source
-    sample_indices(1, num_frames)  # refuses a bad num_frames before any work
-    if fps is not None and not 0 < fps < math.inf:
-        raise ValueError(f"fps must be a positive number of frames per second or None, not {fps}.")
-    choose = partial(_choose, num_frames=num_frames, fps=fps)
+    sampling = Sampling(num_frames, fps, indices, times, start, end)
+    if on_error not in ("raise", "keep"):
+        raise ValueError(f"on_error must be 'raise' or 'keep', not {on_error!r}.")
     if isinstance(source, np.ndarray | torch.Tensor):
-        return _read_array(source, choose)
+        return _read_array(source, sampling)
     if isinstance(source, list | tuple):
-        return _read_images(source, choose)
+        return _read_images(source, sampling)
     file, name = _locate(source)
-    return (_read_webp if _is_webp(file) else _read_file)(file, name, choose)
+    if _is_webp(opened := io.BytesIO(file) if isinstance(file, bytes) else file):
+        return _read_webp(opened, name, sampling)
+    return _read_file(file, name, sampling, exact, on_error, threads)
 
 
 def is_one_video(value: Any) -> bool:
@@ -82,40 +108,6 @@ def is_one_video(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return bool(value) and all(_is_image(item) for item in value)
     return not (isinstance(value, np.ndarray | torch.Tensor) and value.ndim > 4)
-
-
-def sample_indices(total: int, num_frames: int | None) -> list[int]:
-    """The centres of `num_frames` equal segments of `total` frames; every index once if there are no more frames."""
-    if num_frames is not None and num_frames < 1:
-        raise ValueError(f"num_frames must be at least 1 or None for every frame, not {num_frames}.")
-    if num_frames is None or num_frames >= total:
-        return list(range(total))
-    return [(2 * i + 1) * total // (2 * num_frames) for i in range(num_frames)]
-
-
-def _choose(
-    name: str, total: int, times: list | None, duration: float | None, *, num_frames: int | None, fps: float | None
-) -> list[int]:
-    """Indices of the frames to keep, out of `total` shown at `times` (seconds, ascending)."""
-    if total == 0:
-        raise ValueError(f"{name} holds no frames.")
-    if fps is None:
-        return sample_indices(total, num_frames)
-    if times is None:
-        raise ValueError(f"fps={fps} needs a video with known times, and {name} has none: use num_frames instead.")
-    # Frame i is nearest to the moments between the midpoints to its neighbours; the last one is shown to the end.
-    # It is kept if a multiple of 1/fps lies there, so the work does not grow with fps.
-    edges = [(left + right) / 2 for left, right in zip(times[:-1], times[1:], strict=True)]
-    reached, kept = -1, []
-    for index, edge in enumerate(edges):
-        tick = math.floor(edge * fps)
-        if tick > reached:
-            kept.append(index)
-            reached = tick
-    end = max(duration or 0, times[-1])
-    if math.ceil(end * fps - 1e-6) - 1 > reached or not kept:
-        kept.append(total - 1)
-    return [kept[i] for i in sample_indices(len(kept), num_frames)]
 
 
 def _is_image(value: Any) -> bool:
@@ -141,19 +133,19 @@ def _to_tensor(pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
     return (pixels if pixels.shape[-1] == 3 else pixels.movedim(-3, -1)).contiguous()
 
 
-def _read_array(video: np.ndarray | torch.Tensor, choose: Callable) -> Clip:
+def _read_array(video: np.ndarray | torch.Tensor, sampling: Sampling) -> Clip:
     name = f"the given {'array' if isinstance(video, np.ndarray) else 'tensor'}"
     _check_pixels(video, 4, name)
-    picks = choose(name, len(video), None, None)
+    picks = sampling.choose(name, len(video), None, None)
     return Clip(_to_tensor(video[picks]), None, None, len(video))
 
 
-def _read_images(images: Sequence[Any], choose: Callable) -> Clip:
+def _read_images(images: Sequence[Any], sampling: Sampling) -> Clip:
     name = f"the given list of {len(images)}"
     if images and not is_one_video(images):
         raise ValueError(f"{name} holds items that are not images: read a list of videos one video at a time.")
     frames: list[torch.Tensor] = []
-    for index in choose(name, len(images), None, None):
+    for index in sampling.choose(name, len(images), None, None):
         frame = _load_image(images[index], f"image {index} of {name}")
         if frames and frame.shape != frames[0].shape:
             one, other = (f"{shape[1]}x{shape[0]}" for shape in (frames[0].shape, frame.shape))
@@ -177,10 +169,12 @@ def _load_image(image: Any, name: str) -> torch.Tensor:
 
 
 def _locate(source: Any) -> tuple[Any, str]:
-    """What to open (path or URL string, or a seekable binary file object) and its name for messages."""
+    """What to open (path or URL string, bytes, or a seekable binary file object) and its name for messages."""
     if isinstance(source, bytes | bytearray | memoryview):
-        file, name = io.BytesIO(source), f"the given file of {len(source)} bytes"
-    elif isinstance(source, str | Path):
+        if not source:
+            raise ValueError("the given file is empty (0 bytes).")
+        return bytes(source), f"the given file of {len(source)} bytes"
+    if isinstance(source, str | Path):
         path = str(source)
         scheme = path.split("://")[0].lower() if isinstance(source, str) and "://" in path else None
         if scheme in ("http", "https"):
@@ -208,108 +202,25 @@ def _locate(source: Any) -> tuple[Any, str]:
     return file, name
 
 
-def _import_av() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(
-            "Reading a video file needs PyAV: pip install av. Arrays, tensors and lists of images work without it."
-        ) from error
-    return av
+def _read_file(file: Any, name: str, sampling: Sampling, exact: bool, on_error: str, threads: int | None) -> Clip:
+    def choose(index: VideoIndex) -> list[int]:
+        if index.problem and not index.total:
+            raise VideoReadError(f"{name} holds no frames that can be read: {index.problem}.")
+        picks = sampling.choose(name, index.total, index.times, index.duration)
+        return picks if exact else index.nearest_keys(picks)
 
-
-def _read_file(file: Any, name: str, choose: Callable) -> Clip:
-    av = _import_av()
-    try:
-        # Headers miscount and packets may not tell the truth either, so what they say is checked against the decoded
-        # frames; where they are wrong, one more decode counts and dates the frames.
-        frames = None
-        stamps, times, duration = _scan(file, name, decode=False)
-        if stamps:
-            picks = choose(name, len(stamps), times, duration)
-            frames = _decode(file, name, picks, stamps)
-        if frames is None:
-            stamps, times, duration = _scan(file, name, decode=True)
-            picks = choose(name, len(stamps), times, duration)
-            frames = _decode(file, name, picks, None)
-    except av.error.FFmpegError as error:
-        raise ValueError(f"{name} cannot be read as a video: {error.strerror}.") from error
-    kept = None if times is None else torch.tensor([times[i] for i in picks[: len(frames)]], dtype=torch.float32)
-    return Clip(torch.from_numpy(frames), kept, duration, len(stamps))
-
-
-@contextmanager
-def _opened(file: Any, name: str) -> Iterator[tuple[Any, Any]]:
-    """The container and its video stream, from the file's start."""
-    if not isinstance(file, str):
-        file.seek(0)
-    av = _import_av()
-    with av.open(file, metadata_errors="replace") as container:
-        cover = av.stream.Disposition.attached_pic  # a song's cover is a video stream too
-        streams = [stream for stream in container.streams.video if not stream.disposition & cover]
-        if not streams:
-            raise ValueError(f"{name} holds no video stream.")
-        streams[0].thread_type = "AUTO"
-        yield container, streams[0]
-
-
-def _frames(container: Any, stream: Any) -> Iterator[Any]:
-    """The frames that can be decoded, in the order they are shown."""
-    damaged = _import_av().error.InvalidDataError
-    for packet in container.demux(stream):
-        with contextlib.suppress(damaged):  # the packets after it can be good
-            yield from packet.decode()
-
-
-def _scan(file: Any, name: str, decode: bool) -> tuple[list[int | None], list[float] | None, float | None]:
-    """Each frame's timestamp in the order shown, its time in seconds from the first, and the seconds of the whole.
-
-    The packets tell without decoding, unless one has no timestamp (then nothing is returned); with `decode`, the
-    frames themselves do.
-    """
-    with _opened(file, name) as (container, stream):
-        if decode:
-            marks = [(frame.pts, frame.duration) for frame in _frames(container, stream)]
-        else:
-            marks = [(p.pts, p.duration) for p in container.demux(stream) if p.size and not p.is_discard]
-            if any(pts is None for pts, _ in marks):
-                return [], None, None
-            marks.sort(key=lambda mark: mark[0])
-        time_base, rate = stream.time_base, stream.average_rate
-    stamps = [pts for pts, _ in marks]
-    gap = float(1 / rate) if rate else None
-    if stamps and None not in stamps and all(a < b for a, b in zip(stamps[:-1], stamps[1:], strict=True)):
-        times = [float((pts - stamps[0]) * time_base) for pts in stamps]
-        if marks[-1][1]:
-            gap = float(marks[-1][1] * time_base)
-        elif len(times) > 1:
-            gap = times[-1] / (len(times) - 1)
-    else:
-        times = [index * gap for index in range(len(stamps))] if gap else None
-    return stamps, times, times[-1] + gap if times and gap else None
-
-
-def _decode(file: Any, name: str, picks: list[int], stamps: list[int] | None) -> np.ndarray | None:
-    """Frames `picks` (ascending) as uint8 [T, H, W, 3]; None where the decoded frames do not match `stamps`."""
-    pixels, count = None, 0
-    with _opened(file, name) as (container, stream):
-        convert = _import_av().video.reformatter.VideoReformatter()  # one for all: each new one starts its own threads
-        for index, frame in enumerate(_frames(container, stream)):
-            if stamps is not None and (index >= len(stamps) or frame.pts != stamps[index]):
-                return None
-            if index != picks[count]:
-                continue
-            if pixels is None:  # some streams change their size on the way: all frames get the first one's
-                size = {"width": frame.width, "height": frame.height}
-            picture = convert.reformat(frame, format="rgb24", **size).to_ndarray()
-            picture = np.rot90(picture, round(frame.rotation / 90))  # both counterclockwise
-            if pixels is None:
-                pixels = np.empty((len(picks), *picture.shape), np.uint8)
-            pixels[count] = picture
-            count += 1
-            if count == len(picks):
-                return pixels
-    return None if stamps is not None else pixels[:count]
+    index, kept, frames = VideoFile(file, name, threads).read(lambda index: sorted(set(choose(index))))
+    if index.problem and on_error == "raise":
+        raise VideoReadError(
+            f"{name} is damaged: {index.problem}; on_error='keep' gives the {index.total} frames that there are."
+        )
+    if index.problem:
+        logger.warning(f"{name} is damaged: {index.problem}; it gives {index.total} frames.")
+    picks = choose(index)
+    if picks != kept:
+        frames = frames[np.searchsorted(kept, picks)]
+    times = None if index.times is None else torch.from_numpy(index.times[picks]).float()
+    return Clip(torch.from_numpy(frames), times, index.duration, index.total)
 
 
 def _is_webp(file: Any) -> bool:
@@ -320,7 +231,7 @@ def _is_webp(file: Any) -> bool:
         return False
 
 
-def _read_webp(file: Any, name: str, choose: Callable) -> Clip:
+def _read_webp(file: Any, name: str, sampling: Sampling) -> Clip:
     """An animated WebP, which FFmpeg does not decode and Pillow does."""
     ends, pixels = [0.0], []
     try:
@@ -329,7 +240,7 @@ def _read_webp(file: Any, name: str, choose: Callable) -> Clip:
                 image.seek(index)
                 image.load()  # only now is the frame's duration known
                 ends.append(ends[-1] + image.info.get("duration", 0) / 1000)
-            picks = choose(name, len(ends) - 1, ends[:-1], ends[-1])
+            picks = sampling.choose(name, len(ends) - 1, np.array(ends[:-1]), ends[-1])
             for index in picks:
                 image.seek(index)
                 pixels.append(_load_image(image, name))

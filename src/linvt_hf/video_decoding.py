@@ -1,0 +1,259 @@
+"""
+The wanted frames of a video file, exactly as a decode of the whole file gives them, with as little decoding as that
+takes.
+
+First every packet is listed, none decoded: `VideoIndex`. That tells which frames there are, when each is shown, and
+where decoding may begin. Then each wanted frame is decoded from the last such place before it, on several threads in
+several parts of the file at once; frames that no other refers to are skipped on the way. Wherever the decoded frames
+are not what the packets said, the file is decoded from its beginning instead, which no file can mislead.
+"""
+
+import contextlib
+import io
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .video_index import VideoIndex, VideoReadError, import_av, list_frames, list_packets
+
+# Packets that are rather decoded than jumped over (ours): to begin anew costs about as much.
+_NEAR = 8
+
+
+class _Misled(Exception):
+    """The decoded frames are not what the packets said."""
+
+
+@dataclass
+class Stretch:
+    """Packets `start` to `end` of a file, decoded in one go, and the slots of the frames wanted of them."""
+
+    start: int
+    end: int
+    wanted: dict[int, int]  # packet to slot
+
+
+class VideoFile:
+    """
+    The first video stream of a file, other than a song's cover.
+
+    Args:
+        source: a path, a URL, bytes, or a seekable binary file object.
+        name: for messages.
+        threads: that decode; None for as many as PyTorch uses, which is one in a data loader's workers.
+
+    `decoded` counts the frames that were decoded so far.
+    """
+
+    def __init__(self, source: Any, name: str, threads: int | None = None):
+        self.source, self.name, self.decoded = source, name, 0
+        self.threads = threads or torch.get_num_threads()
+        # Several readers of one file object would move each other's place; of one server, ask for too much.
+        self.readers = self.threads if isinstance(source, bytes) or _is_path(source) else 1
+
+    def read(self, choose: Callable[[VideoIndex], list[int]]) -> tuple[VideoIndex, list[int], np.ndarray]:
+        """The index, what was chosen of it (ascending, each once), and those frames, uint8 [T, H, W, 3]."""
+        with self.opened() as (container, stream):
+            index = list_packets(container, stream)
+        if index.dated:
+            picks = choose(index)
+            with contextlib.suppress(_Misled):
+                return index, picks, self._decode(index, picks)
+        with self.opened(self.threads) as (container, stream):
+            index = list_frames(container, stream)
+        self.decoded += index.total
+        picks = choose(index)
+        return index, picks, self._from_the_start(index, picks)
+
+    def _decode(self, index: VideoIndex, picks: list[int]) -> np.ndarray:
+        stretches = _stretches(index, picks)
+        if stretches is None:
+            return self._from_the_start(index, picks)
+        parts = _share(stretches, self.readers)
+        frames, threads = _Frames(len(picks)), max(self.threads // len(parts), 1)
+        if len(parts) == 1:
+            self.decoded += self._read_part(index, parts[0], frames, threads)
+        else:
+            with ThreadPoolExecutor(len(parts)) as pool:
+                counts = pool.map(lambda part: self._read_part(index, part, frames, threads), parts)
+                self.decoded += sum(counts)
+        return frames.pixels
+
+    def _read_part(self, index: VideoIndex, part: list[Stretch], frames: "_Frames", threads: int) -> int:
+        damaged = import_av().error.FFmpegError
+        decoded = 0
+        with self.opened(threads) as (container, stream):
+            for number, stretch in enumerate(part):
+                shown = None
+                try:
+                    for frame in _frames_of(container, stream, index, stretch, fresh=number == 0):
+                        decoded += 1
+                        packet = index.packet_of.get(frame.pts)
+                        if packet is None or frame.is_corrupt or (shown is not None and frame.pts <= shown):
+                            raise _Misled
+                        shown = frame.pts
+                        if packet in stretch.wanted:
+                            frames.put(stretch.wanted.pop(packet), frame)
+                except damaged as error:
+                    raise _Misled from error
+                if stretch.wanted:
+                    raise _Misled
+        return decoded
+
+    def _from_the_start(self, index: VideoIndex, picks: list[int]) -> np.ndarray:
+        frames, slots = _Frames(len(picks), resize=True), {pick: slot for slot, pick in enumerate(picks)}
+        stamps = None if index.from_frames else index.stamps.tolist()
+        with self.opened(self.threads) as (container, stream):
+            for number, frame in enumerate(index.decode(container, stream)):
+                self.decoded += 1
+                if stamps is not None and (number >= len(stamps) or frame.pts != stamps[number]):
+                    raise _Misled
+                if number in slots:
+                    frames.put(slots.pop(number), frame)
+                if not slots:
+                    return frames.pixels
+        raise _Misled
+
+    @contextlib.contextmanager
+    def opened(self, threads: int = 1) -> Iterator[tuple[Any, Any]]:
+        """The container and its video stream, from the file's start."""
+        av, source = import_av(), self.source
+        if isinstance(source, bytes):
+            source = io.BytesIO(source)
+        elif not isinstance(source, str):
+            source.seek(0)
+        try:
+            container = av.open(source, metadata_errors="replace")
+        except av.error.FFmpegError as error:
+            raise VideoReadError(f"{self.name} cannot be read as a video: {error.strerror}.") from error
+        with container:
+            cover = av.stream.Disposition.attached_pic  # a song's cover is a video stream too
+            streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+            if not streams:
+                raise VideoReadError(f"{self.name} holds no video stream.")
+            streams[0].thread_type = "AUTO"
+            streams[0].codec_context.thread_count = threads
+            yield container, streams[0]
+
+
+def _is_path(source: Any) -> bool:
+    return isinstance(source, str) and "://" not in source
+
+
+# ---- what is decoded ----
+
+
+def _stretches(index: VideoIndex, picks: Sequence[int]) -> list[Stretch] | None:
+    """For each place where decoding begins, how far it goes; None if it only begins at the first packet."""
+    keys = np.flatnonzero(index.keys)
+    if not index.seekable or len(keys) < 2:
+        return None
+    found: dict[int, Stretch] = {}
+    for slot, pick in enumerate(picks):
+        packet = int(index.order[pick])
+        number = int(np.searchsorted(keys, packet, "right")) - 1
+        # Of an open group of pictures, what is shown before its key frame refers to the group before.
+        while number >= 0 and index.pts[keys[number]] > index.pts[packet]:
+            number -= 1
+        start = int(keys[number]) if number >= 0 else 0
+        stretch = found.setdefault(start, Stretch(start, packet, {}))
+        stretch.end = max(stretch.end, packet)
+        stretch.wanted[packet] = slot
+    return [found[start] for start in sorted(found)]
+
+
+def _share(stretches: list[Stretch], readers: int) -> list[list[Stretch]]:
+    """The stretches in as many parts, of about as much work each; in a part, those that lie near are one."""
+    work = np.cumsum([stretch.end - stretch.start + 1 + _NEAR for stretch in stretches])
+    parts: list[list[Stretch]] = [[] for _ in range(readers)]
+    for stretch, done in zip(stretches, work, strict=True):
+        part = parts[min(int((done - 1) * readers / work[-1]), readers - 1)]
+        if part and stretch.start - part[-1].end <= _NEAR:
+            part[-1].end = max(part[-1].end, stretch.end)
+            part[-1].wanted.update(stretch.wanted)
+        else:
+            part.append(stretch)
+    return [part for part in parts if part]
+
+
+def _frames_of(container: Any, stream: Any, index: VideoIndex, stretch: Stretch, fresh: bool) -> Iterator[Any]:
+    """The frames of a stretch in the order shown, without those that nobody needs; `fresh`: nothing was read yet."""
+    context = stream.codec_context
+    skips = index.can_skip
+    for number, packet in _packets_from(container, stream, index, stretch.start, fresh):
+        wanted = number in stretch.wanted
+        if skips:
+            context.skip_frame = "DEFAULT" if wanted else "NONREF"
+        if wanted or not index.intra:
+            yield from packet.decode()
+        if number == stretch.end:
+            break
+    yield from context.decode(None)  # what waits for its turn comes out without decoding more
+
+
+def _packets_from(
+    container: Any, stream: Any, index: VideoIndex, start: int, fresh: bool
+) -> Iterator[tuple[int, Any]]:
+    """The packets from number `start` on, with their numbers."""
+    keys = np.flatnonzero(index.keys[: start + 1])
+    for back in (1, 2, 4, 16, 64):  # some formats find what lies after the moment they are asked for
+        if not (fresh and start == 0):
+            beginning = int(index.pts[0] - 10 / index.time_base)
+            container.seek(int(index.pts[keys[-back]]) if back <= len(keys) else beginning, stream=stream)
+        begun = False
+        for packet in container.demux(stream):
+            number = index.packet_of.get(packet.pts) if packet.size else None
+            begun = begun or number == start
+            if begun and number is None:
+                raise _Misled
+            if begun:
+                yield number, packet
+            elif not packet.size or (number is not None and number > start):
+                break
+        if begun or back > len(keys):
+            return
+
+
+class _Frames:
+    """Frames to pixels of one array, each in its slot, from several threads."""
+
+    def __init__(self, count: int, resize: bool = False):
+        self.count, self.resize, self.pixels = count, resize, None
+        self._lock, self._own, self._size = threading.Lock(), threading.local(), None
+
+    def put(self, slot: int, frame: Any) -> None:
+        if not hasattr(self._own, "convert"):  # one for all frames: each new one starts its own threads
+            self._own.convert = import_av().video.reformatter.VideoReformatter()
+        size = (frame.width, frame.height)
+        with self._lock:
+            self._size = self._size or size
+        if size != self._size and not self.resize:
+            raise _Misled  # which frame is the first, whose size counts, only a reading in order tells
+        width, height = self._size
+        plane = self._own.convert.reformat(frame, format="rgb24", width=width, height=height).planes[0]
+        rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
+        picture = upright(rows[:, : 3 * width].reshape(height, width, 3), frame)
+        with self._lock:
+            if self.pixels is None:
+                self.pixels = np.empty((self.count, *picture.shape), np.uint8)
+        if picture.shape != self.pixels.shape[1:]:
+            raise _Misled
+        self.pixels[slot] = picture
+
+
+def upright(picture: np.ndarray, frame: Any) -> np.ndarray:
+    """A frame's picture [H, W, 3] turned, and mirrored, as its display matrix says."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+        if a * d - b * c < 0:  # libav tells the angle as if it were not mirrored
+            return np.rot90(picture[:, ::-1], round(frame.rotation / 90))
+    return np.rot90(picture, round(frame.rotation / 90))  # both counterclockwise
+
+
+__all__ = ["VideoFile", "upright"]
