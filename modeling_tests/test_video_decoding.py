@@ -11,7 +11,9 @@ from video_files import moving_square, write_video  # noqa: E402
 
 from linvt_hf import video_decoding  # noqa: E402
 from linvt_hf.video_decoding import VideoFile  # noqa: E402
+from linvt_hf.video_index import list_packets, list_table  # noqa: E402
 from linvt_hf.video_reading import read_video  # noqa: E402
+from linvt_hf.video_tables import mp4_table  # noqa: E402
 
 COUNT = 90
 X264, X265 = "x264-params", "x265-params"
@@ -96,7 +98,9 @@ def corpus(tmp_path_factory):
 def test_every_choice_of_frames(corpus, name, monkeypatch):
     path, pixels, _ = corpus(name)
     relisted = []
-    monkeypatch.setattr(video_decoding, "list_frames", lambda *_: relisted.append(name))
+    monkeypatch.setattr(video_decoding, "list_frames", lambda *_: relisted.append("frames"))
+    if name.endswith(("mp4", "mov")) and name != "intra_refresh.mp4":  # of which the table does not tell
+        monkeypatch.setattr(video_decoding, "list_packets", lambda *_: relisted.append("packets"))
     for seed in range(10):
         draw = random.Random(seed)
         picks = sorted(draw.sample(range(COUNT), draw.choice([1, 1, 2, 3, 5, 8, 20, COUNT])))
@@ -189,3 +193,32 @@ def test_frames_that_are_not_what_the_packets_said(corpus, monkeypatch):
     monkeypatch.setattr(video_decoding, "list_packets", shifted)
     clip = read_video(path, indices=[60, 61])
     assert np.array_equal(clip.frames.numpy(), pixels[[60, 61]])
+
+
+@pytest.mark.parametrize("name", [name for name in CORPUS if name.endswith(("mp4", "mov"))])
+def test_a_table_of_contents_tells_what_the_packets_do(corpus, name):
+    path, _, _ = corpus(name)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        listed = list_packets(container, stream)
+        for file in (str(path), path.read_bytes(), path.open("rb")):
+            table = list_table(container, stream, file)
+            assert np.array_equal(table.pts, listed.pts) and np.array_equal(table.order, listed.order)
+            assert table.duration == pytest.approx(listed.duration)
+            assert np.array_equal(table.keys, listed.keys) or name == "intra_refresh.mp4"
+
+
+def test_tables_that_leave_something_open(tmp_path):
+    """Fragments and hidden frames are left to libav; so is what is cut or makes no sense."""
+    whole = write_video(tmp_path / "whole.mp4", FRAMES[:12], codec="mpeg4", faststart=True)
+    data = whole.read_bytes()
+    assert mp4_table(data, 1) is not None and mp4_table(data, 2) is None
+    for size in range(0, len(data), 7):
+        table = mp4_table(data[:size], 1)
+        assert table is None or size > data.index(b"mdat")
+    at = data.index(b"elst")
+    hiding = data[: at + 16] + (10**4).to_bytes(4, "big") + data[at + 20 :]
+    assert mp4_table(hiding, 1) is None
+    for box in (b"mdia", b"stbl", b"stts", b"mdhd", b"tkhd", b"trak", b"moov"):
+        assert mp4_table(data.replace(box, b"none"), 1) is None
+    assert mp4_table(b"", 1) is None and mp4_table(b"\0" * 100, 1) is None and mp4_table("nowhere.mp4", 1) is None

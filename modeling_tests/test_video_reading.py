@@ -273,6 +273,9 @@ def test_damaged_packets_are_left_out(tmp_path, scans, caplog):
 @pytest.mark.parametrize("name, codec", [("whole.mkv", "mjpeg"), ("whole.mp4", H264), ("whole.ts", H264)])
 def test_a_file_that_breaks_off(tmp_path, name, codec):
     data = write_video(tmp_path / name, FRAMES, codec=codec, faststart=True).read_bytes()
+    if name == "whole.mp4":  # its table of contents tells how many there should be
+        with pytest.raises(VideoReadError, match="is damaged: .*; on_error='keep' gives the . frames"):
+            read_video(data[: len(data) * 3 // 4], num_frames=None)
     clip = read_video(data[: len(data) * 3 // 4], num_frames=None, on_error="keep")
     there = indices(clip)
     assert 2 < len(there) == clip.total_frames < 24
@@ -521,8 +524,8 @@ def test_without_pyav(mp4, monkeypatch):
 
 
 def test_the_modules_stand_alone(tmp_path):
-    files = sorted(pathlib.Path(video_reading.__file__).parent.glob("video_[!t]*.py"))
-    assert len(files) == 4
+    files = sorted(pathlib.Path(video_reading.__file__).parent.glob("video_*.py"))
+    files = [file for file in files if file.stem != "video_tokenizer"]
     imported = set()
     for file in files:
         shutil.copy(file, tmp_path)

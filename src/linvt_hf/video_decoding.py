@@ -2,10 +2,11 @@
 The wanted frames of a video file, exactly as a decode of the whole file gives them, with as little decoding as that
 takes.
 
-First every packet is listed, none decoded: `VideoIndex`. That tells which frames there are, when each is shown, and
-where decoding may begin. Then each wanted frame is decoded from the last such place before it, on several threads in
-several parts of the file at once; frames that no other refers to are skipped on the way. Wherever the decoded frames
-are not what the packets said, the file is decoded from its beginning instead, which no file can mislead.
+First every packet is listed, by the file's table of contents or by reading it, none decoded: `VideoIndex`. That tells
+which frames there are, when each is shown, and where decoding may begin. Then each wanted frame is decoded from the
+last such place before it, on several threads in several parts of the file at once; frames that no other refers to are
+skipped on the way. Wherever the decoded frames are not what was listed, the file is decoded from its beginning
+instead, which no file can mislead.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .video_index import VideoIndex, VideoReadError, import_av, list_frames, list_packets
+from .video_index import VideoIndex, VideoReadError, import_av, list_frames, list_packets, list_table
 
 # Packets that are rather decoded than jumped over (ours): to begin anew costs about as much.
 _NEAR = 8
@@ -58,17 +59,25 @@ class VideoFile:
 
     def read(self, choose: Callable[[VideoIndex], list[int]]) -> tuple[VideoIndex, list[int], np.ndarray]:
         """The index, what was chosen of it (ascending, each once), and those frames, uint8 [T, H, W, 3]."""
-        with self.opened() as (container, stream):
-            index = list_packets(container, stream)
-        if index.dated:
-            picks = choose(index)
-            with contextlib.suppress(_Misled):
-                return index, picks, self._decode(index, picks)
+        for listed in (self._table, self._packets):
+            index = listed()
+            if index is not None and index.dated:
+                picks = choose(index)
+                with contextlib.suppress(_Misled):
+                    return index, picks, self._decode(index, picks)
         with self.opened(self.threads) as (container, stream):
             index = list_frames(container, stream)
         self.decoded += index.total
         picks = choose(index)
         return index, picks, self._from_the_start(index, picks)
+
+    def _table(self) -> VideoIndex | None:
+        with self.opened() as (container, stream):
+            return list_table(container, stream, self.source)
+
+    def _packets(self) -> VideoIndex:
+        with self.opened() as (container, stream):
+            return list_packets(container, stream)
 
     def _decode(self, index: VideoIndex, picks: list[int]) -> np.ndarray:
         stretches = _stretches(index, picks)
@@ -93,7 +102,7 @@ class VideoFile:
                 try:
                     for frame in _frames_of(container, stream, index, stretch, fresh=number == 0):
                         decoded += 1
-                        packet = index.packet_of.get(frame.pts)
+                        packet = index.packet_of(frame.pts)
                         if packet is None or frame.is_corrupt or (shown is not None and frame.pts <= shown):
                             raise _Misled
                         shown = frame.pts
@@ -187,6 +196,8 @@ def _frames_of(container: Any, stream: Any, index: VideoIndex, stretch: Stretch,
     skips = index.can_skip
     for number, packet in _packets_from(container, stream, index, stretch.start, fresh):
         wanted = number in stretch.wanted
+        if number == stretch.start and index.starts_whole and not index.starts_whole(memoryview(packet)):
+            raise _Misled
         if skips:
             context.skip_frame = "DEFAULT" if wanted else "NONREF"
         if wanted or not index.intra:
@@ -207,7 +218,7 @@ def _packets_from(
             container.seek(int(index.pts[keys[-back]]) if back <= len(keys) else beginning, stream=stream)
         begun = False
         for packet in container.demux(stream):
-            number = index.packet_of.get(packet.pts) if packet.size else None
+            number = index.packet_of(packet.pts) if packet.size else None
             begun = begun or number == start
             if begun and number is None:
                 raise _Misled

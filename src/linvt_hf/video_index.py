@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from .video_tables import mp4_table
+
+_MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
 # Formats whose packets say when their frames are shown. Others (AVI, raw streams) do where nothing is reordered.
-_DATED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv")
+_DATED = (_MP4, "matroska,webm", "mpegts", "flv")
 # Codecs of which a key frame, and all that is shown after it, is decoded without anything before it.
 _SEEKABLE = (
     "h264",
@@ -56,6 +59,7 @@ class VideoIndex:
     from_frames: whether all was learned by decoding; else from packets, which may mislead.
     times: float64 [frames], seconds from the first frame; None where nobody knows.
     duration: seconds, from the first frame to the end of the last; None where nobody knows.
+    starts_whole: for a key frame's packet, whether the picture is whole there at once; None where all are.
     problem: what is wrong with the file, where something was met; this may grow while it is decoded.
     """
 
@@ -74,6 +78,7 @@ class VideoIndex:
     can_skip: bool = False
     times: np.ndarray | None = None
     duration: float | None = None
+    starts_whole: Callable[[memoryview], bool] | None = None
     problem: str | None = None
 
     @property
@@ -89,9 +94,21 @@ class VideoIndex:
     def stamps(self) -> np.ndarray:
         return self.pts[self.order]
 
+    def packet_of(self, pts: int | None) -> int | None:
+        """The packet of what is shown at that time; None if there is none."""
+        if pts is None:
+            return None
+        place = int(np.searchsorted(self._ascending, pts))
+        found = place < len(self._ascending) and self._ascending[place] == pts
+        return int(self._ascending_packets[place]) if found else None
+
     @cached_property
-    def packet_of(self) -> dict[int, int]:
-        return {pts: packet for packet, pts in enumerate(self.pts.tolist())}
+    def _ascending_packets(self) -> np.ndarray:
+        return np.argsort(self.pts, kind="stable")
+
+    @cached_property
+    def _ascending(self) -> np.ndarray:
+        return self.pts[self._ascending_packets]
 
     def nearest_keys(self, picks: list[int]) -> list[int]:
         """For each frame the key frame that is shown nearest to it, each once; the frames as they are without keys."""
@@ -134,7 +151,7 @@ class VideoIndex:
         stamps = self.stamps
         gap = float(1 / self.rate) if self.rate else None
         if known and len(stamps) and (stamps[1:] > stamps[:-1]).all():
-            self.dated = len(np.unique(self.pts)) == len(self.pts)
+            self.dated = bool((self._ascending[1:] > self._ascending[:-1]).all())
             self.times = (stamps - stamps[0]) * float(self.time_base)
             if last := durations[self.order[-1]]:
                 gap = float(last * self.time_base)
@@ -144,6 +161,19 @@ class VideoIndex:
             self.times = np.arange(self.total) * gap
         if self.times is not None and gap and self.total:
             self.duration = float(self.times[-1] + gap)
+
+
+def list_table(container: Any, stream: Any, file: Any) -> VideoIndex | None:
+    """What the table of contents of an mp4 file tells; None for other files, and tables that leave something open."""
+    index = _header(container, stream, from_frames=False)
+    table = mp4_table(file, stream.id) if index.format == _MP4 else None
+    if table is None:
+        return None
+    pts, index.keys, last = table
+    index.finish(pts.tolist(), [last] * len(pts), [True] * len(pts))
+    _judge(index, stream.codec_context)
+    index.starts_whole = _key_test(index.codec, stream.codec_context.extradata)
+    return index
 
 
 def list_packets(container: Any, stream: Any) -> VideoIndex:
@@ -160,15 +190,19 @@ def list_packets(container: Any, stream: Any) -> VideoIndex:
                 shown.append(not packet.is_discard and (index.codec != "vp8" or bool(memoryview(packet)[0] & 16)))
     except import_av().error.FFmpegError as error:
         index.problem = f"it breaks off after packet {len(pts)} ({error.strerror})"
-    entries = len(stream.index_entries or ()) if index.format == _DATED[0] else 0
+    entries = len(stream.index_entries or ()) if index.format == _MP4 else 0
     if not index.problem and len(pts) < entries:
         index.problem = f"it breaks off after {len(pts)} of {entries} packets"
     index.keys = np.array(keys, bool)
     index.finish(pts, durations, shown)
+    _judge(index, context)
+    return index
+
+
+def _judge(index: VideoIndex, context: Any) -> None:
     believed = index.format in _DATED or not context.has_b_frames
     index.seekable = index.dated and believed and index.codec in _SEEKABLE
     index.can_skip = index.codec in _SKIPPING or (index.codec == "hevc" and _is_one_layer(context.extradata))
-    return index
 
 
 def list_frames(container: Any, stream: Any) -> VideoIndex:
@@ -257,4 +291,4 @@ def _units(packet: memoryview, length: int | None) -> Iterator[memoryview]:
         yield packet[at:]
 
 
-__all__ = ["VideoIndex", "VideoReadError", "import_av", "list_frames", "list_packets"]
+__all__ = ["VideoIndex", "VideoReadError", "import_av", "list_frames", "list_packets", "list_table"]
