@@ -7,27 +7,23 @@ PyAV only to read a video file.
 
 import io
 import logging
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 import PIL.Image
 import torch
 
-from .video_decoding import VideoFile
+from .video_decoding import VideoFile, check_count, check_size
 from .video_index import VideoIndex, VideoReadError
 from .video_sampling import Sampling
+from .video_sources import IMAGE_SUFFIXES, Deadline, HttpFile, Limits, locate
 
 logger = logging.getLogger(__name__)
 
-# In a list, files with these endings are the frames of one video. GIF is not among them: a list of GIFs is several.
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # What Pillow raises for a file that is broken, or says it is so large that reading it would fill the memory.
 BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, PIL.Image.DecompressionBombError)
 
@@ -60,14 +56,16 @@ def read_video(
     exact: bool = True,
     on_error: Literal["raise", "keep"] = "raise",
     threads: int | None = None,
+    limits: Limits | None = None,
 ) -> Clip:
     """
     Reads one video and samples its frames.
 
     Args:
         source: one of
-            - a path (str or Path), a `file://` or http(s) URL, the bytes of a file, a binary file object (which is
-              read from its start and left open);
+            - a path (str or Path), a `file://`, http(s) or `data:` URL, the bytes of a file, a binary file object
+              (which is read from its start and left open);
+            - a folder of images, or a glob such as "frames/*.png", in the order of the numbers in their names;
             - a uint8 array or tensor [T, H, W, 3], or [T, 3, H, W] where that is not ambiguous;
             - a list of PIL images, of image paths, or of uint8 arrays [H, W, 3], all of one size;
             - a `Clip`, which is returned as it is.
@@ -80,6 +78,7 @@ def read_video(
         exact: False takes the nearest key frames instead, each once, which a long file gives much sooner.
         on_error: what becomes of a file that is damaged or cut short: an error, or, with "keep", what is left of it.
         threads: that decode a file; None for as many as PyTorch uses.
+        limits: what the reading may take; None for `Limits()`.
 
     Raises `FileNotFoundError` for a path that does not exist, `VideoReadError` for a file that cannot be read, and
     `ValueError`, which that is too, for a source or arguments that are not as above, and for times that are asked of
@@ -94,10 +93,17 @@ def read_video(
         return _read_array(source, sampling)
     if isinstance(source, list | tuple):
         return _read_images(source, sampling)
-    file, name = _locate(source)
-    if _is_webp(opened := io.BytesIO(file) if isinstance(file, bytes) else file):
-        return _read_webp(opened, name, sampling)
-    return _read_file(file, name, sampling, exact, on_error, threads)
+    limits = limits or Limits()
+    file, name = locate(source, limits)
+    try:
+        if isinstance(file, list):
+            return _read_images(file, sampling)
+        if _is_webp(opened := io.BytesIO(file) if isinstance(file, bytes) else file):
+            return _read_webp(opened, name, sampling, limits)
+        return _read_file(VideoFile(file, name, threads, limits), sampling, exact, on_error)
+    finally:
+        if isinstance(getattr(file, "raw", None), HttpFile):
+            file.close()
 
 
 def is_one_video(value: Any) -> bool:
@@ -160,7 +166,7 @@ def _load_image(image: Any, name: str) -> torch.Tensor:
         return _to_tensor(image)
     if isinstance(image, PIL.Image.Image):
         return _to_tensor(np.asarray(image.convert("RGB")))
-    file, path = _locate(image)
+    file, path = locate(image, Limits())
     try:
         with PIL.Image.open(file) as opened:
             return _to_tensor(np.asarray(opened.convert("RGB")))
@@ -168,48 +174,16 @@ def _load_image(image: Any, name: str) -> torch.Tensor:
         raise ValueError(f"{name}, {path}, cannot be read as an image from disk.") from error
 
 
-def _locate(source: Any) -> tuple[Any, str]:
-    """What to open (path or URL string, bytes, or a seekable binary file object) and its name for messages."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        if not source:
-            raise ValueError("the given file is empty (0 bytes).")
-        return bytes(source), f"the given file of {len(source)} bytes"
-    if isinstance(source, str | Path):
-        path = str(source)
-        scheme = path.split("://")[0].lower() if isinstance(source, str) and "://" in path else None
-        if scheme in ("http", "https"):
-            return path, repr(path.split("?")[0])  # a signed URL's query is not for logs
-        if scheme == "file":
-            path = url2pathname(urlsplit(path).path)
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{path[:200]!r} is neither an existing file nor a file:// or http(s):// URL.")
-        if os.path.isdir(path):
-            raise ValueError(f"{path!r} is a folder, not a video file: give its images as a list of paths.")
-        if os.path.getsize(path) == 0:
-            raise ValueError(f"{path!r} is empty (0 bytes).")
-        return os.path.abspath(path), repr(path)  # absolute, so that no name looks like one of FFmpeg's protocols
-    elif hasattr(source, "read") and not isinstance(source, io.TextIOBase):
-        name = f"the file object {getattr(source, 'name', type(source).__name__)!r}"
-        file = source if hasattr(source, "seekable") and source.seekable() else io.BytesIO(source.read())
-    else:
-        raise ValueError(
-            f"a {type(source).__name__} is not a video: give a path, URL, bytes, binary file object, uint8 array or "
-            "tensor [T, H, W, 3], or list of images."
-        )
-    file.seek(0, io.SEEK_END)
-    if file.tell() == 0:
-        raise ValueError(f"{name} is empty (0 bytes).")
-    return file, name
+def _read_file(file: VideoFile, sampling: Sampling, exact: bool, on_error: str) -> Clip:
+    name = file.name
 
-
-def _read_file(file: Any, name: str, sampling: Sampling, exact: bool, on_error: str, threads: int | None) -> Clip:
     def choose(index: VideoIndex) -> list[int]:
         if index.problem and not index.total:
             raise VideoReadError(f"{name} holds no frames that can be read: {index.problem}.")
         picks = sampling.choose(name, index.total, index.times, index.duration)
         return picks if exact else index.nearest_keys(picks)
 
-    index, kept, frames = VideoFile(file, name, threads).read(lambda index: sorted(set(choose(index))))
+    index, kept, frames = file.read(lambda index: sorted(set(choose(index))))
     if index.problem and on_error == "raise":
         raise VideoReadError(
             f"{name} is damaged: {index.problem}; on_error='keep' gives the {index.total} frames that there are."
@@ -231,19 +205,22 @@ def _is_webp(file: Any) -> bool:
         return False
 
 
-def _read_webp(file: Any, name: str, sampling: Sampling) -> Clip:
+def _read_webp(file: Any, name: str, sampling: Sampling, limits: Limits) -> Clip:
     """An animated WebP, which FFmpeg does not decode and Pillow does."""
-    ends, pixels = [0.0], []
+    ends, pixels, deadline = [0.0], [], Deadline(name, limits)
     try:
         with PIL.Image.open(file) as image:
+            check_size(name, *image.size, limits)
             for index in range(image.n_frames):
+                deadline.check()
                 image.seek(index)
                 image.load()  # only now is the frame's duration known
                 ends.append(ends[-1] + image.info.get("duration", 0) / 1000)
             picks = sampling.choose(name, len(ends) - 1, np.array(ends[:-1]), ends[-1])
+            check_count(name, len(picks), limits)
             for index in picks:
                 image.seek(index)
                 pixels.append(_load_image(image, name))
     except (OSError, EOFError) as error:
-        raise ValueError(f"{name} cannot be read as an animated image.") from error
+        raise VideoReadError(f"{name} cannot be read as an animated image.") from error
     return Clip(torch.stack(pixels), torch.tensor(ends)[picks], ends[-1] or None, len(ends) - 1)

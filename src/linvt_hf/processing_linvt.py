@@ -1,7 +1,6 @@
 """LinVTProcessor: prompts, images, videos and questions to the tensors a LinVT model takes."""
 
 import inspect
-import os
 import re
 from functools import lru_cache
 from typing import Any
@@ -19,6 +18,7 @@ from .chat_templates import VIDEO_TOKEN, blocks_of, newest_words, turn_marks
 from .processing_blip3 import Blip3Processor
 from .processing_molmo import MolmoProcessor
 from .video_reading import Clip, is_one_video, read_video
+from .video_sources import has_times
 
 OWN_PROCESSORS = {processor.__name__: processor for processor in (Blip3Processor, MolmoProcessor)}
 
@@ -208,7 +208,7 @@ class LinVTProcessor(ProcessorMixin):
     def _read(self, video, num_frames: int | None, fps: float | None, sample: bool) -> Clip:
         if not sample:
             return read_video(video, num_frames=None)
-        if num_frames is None and fps is None and _has_times(video):
+        if num_frames is None and fps is None and has_times(video):
             fps = self.fps  # only as a default: who asks for a rate of frames without times must hear of it
         return read_video(video, num_frames=self.num_frames if num_frames is None else num_frames, fps=fps)
 
@@ -358,11 +358,6 @@ def _without_video_processor(processor_class: type) -> type:
         (processor_class,),
         {"check_argument_for_proper_class": check_argument_for_proper_class},
     )
-
-
-def _has_times(video) -> bool:
-    """Whether a video comes from a file, which knows its frames' times, or as frames, which do not."""
-    return isinstance(video, (str, bytes, os.PathLike)) or hasattr(video, "read") or isinstance(video, Clip)
 
 
 def _rows_per_video(sample: BatchFeature, name: str) -> list[Tensor]:

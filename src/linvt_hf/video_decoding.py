@@ -21,7 +21,30 @@ import numpy as np
 import torch
 
 from .video_index import VideoIndex, VideoReadError, import_av, list_frames, list_packets, list_table
+from .video_sources import Deadline, Limits
 
+# What libav may open: formats that hold their frames themselves. Playlists and their like open other files, and hosts.
+_FORMATS = (
+    *(
+        "mov",
+        "matroska",
+        "avi",
+        "mpegts",
+        "mpeg",
+        "mpegvideo",
+        "m4v",
+        "flv",
+        "asf",
+        "ogg",
+        "ivf",
+        "obu",
+        "h264",
+        "hevc",
+    ),
+    *("hevc", "gif", "apng", "mjpeg", "nut", "rm", "mxf", "dv", "wtv", "yuv4mpegpipe", "dnxhd", "vc1", "vvc", "dirac"),
+    *("bmp_pipe", "jpeg_pipe", "png_pipe", "tiff_pipe", "webp_pipe"),
+)
+_SAFE = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "file"}
 # Packets that are rather decoded than jumped over (ours): to begin anew costs about as much.
 _NEAR = 8
 
@@ -47,12 +70,15 @@ class VideoFile:
         source: a path, a URL, bytes, or a seekable binary file object.
         name: for messages.
         threads: that decode; None for as many as PyTorch uses, which is one in a data loader's workers.
+        limits: the seconds count from here.
 
     `decoded` counts the frames that were decoded so far.
     """
 
-    def __init__(self, source: Any, name: str, threads: int | None = None):
+    def __init__(self, source: Any, name: str, threads: int | None = None, limits: Limits | None = None):
         self.source, self.name, self.decoded = source, name, 0
+        self.limits = limits or Limits()
+        self.deadline = Deadline(name, self.limits)
         self.threads = threads or torch.get_num_threads()
         # Several readers of one file object would move each other's place; of one server, ask for too much.
         self.readers = self.threads if isinstance(source, bytes) or _is_path(source) else 1
@@ -62,14 +88,19 @@ class VideoFile:
         for listed in (self._table, self._packets):
             index = listed()
             if index is not None and index.dated:
-                picks = choose(index)
+                picks = self._chosen(choose, index)
                 with contextlib.suppress(_Misled):
                     return index, picks, self._decode(index, picks)
         with self.opened(self.threads) as (container, stream):
-            index = list_frames(container, stream)
+            index = list_frames(container, stream, self.deadline.check)
         self.decoded += index.total
-        picks = choose(index)
+        picks = self._chosen(choose, index)
         return index, picks, self._from_the_start(index, picks)
+
+    def _chosen(self, choose: Callable[[VideoIndex], list[int]], index: VideoIndex) -> list[int]:
+        picks = choose(index)
+        check_count(self.name, len(picks), self.limits)
+        return picks
 
     def _table(self) -> VideoIndex | None:
         with self.opened() as (container, stream):
@@ -77,14 +108,14 @@ class VideoFile:
 
     def _packets(self) -> VideoIndex:
         with self.opened() as (container, stream):
-            return list_packets(container, stream)
+            return list_packets(container, stream, self.deadline.check)
 
     def _decode(self, index: VideoIndex, picks: list[int]) -> np.ndarray:
         stretches = _stretches(index, picks)
         if stretches is None:
             return self._from_the_start(index, picks)
         parts = _share(stretches, self.readers)
-        frames, threads = _Frames(len(picks)), max(self.threads // len(parts), 1)
+        frames, threads = _Frames(self, len(picks)), max(self.threads // len(parts), 1)
         if len(parts) == 1:
             self.decoded += self._read_part(index, parts[0], frames, threads)
         else:
@@ -101,6 +132,7 @@ class VideoFile:
                 shown = None
                 try:
                     for frame in _frames_of(container, stream, index, stretch, fresh=number == 0):
+                        self.deadline.check()
                         decoded += 1
                         packet = index.packet_of(frame.pts)
                         if packet is None or frame.is_corrupt or (shown is not None and frame.pts <= shown):
@@ -115,10 +147,10 @@ class VideoFile:
         return decoded
 
     def _from_the_start(self, index: VideoIndex, picks: list[int]) -> np.ndarray:
-        frames, slots = _Frames(len(picks), resize=True), {pick: slot for slot, pick in enumerate(picks)}
+        frames, slots = _Frames(self, len(picks), resize=True), {pick: slot for slot, pick in enumerate(picks)}
         stamps = None if index.from_frames else index.stamps.tolist()
         with self.opened(self.threads) as (container, stream):
-            for number, frame in enumerate(index.decode(container, stream)):
+            for number, frame in enumerate(index.decode(container, stream, self.deadline.check)):
                 self.decoded += 1
                 if stamps is not None and (number >= len(stamps) or frame.pts != stamps[number]):
                     raise _Misled
@@ -137,7 +169,7 @@ class VideoFile:
         elif not isinstance(source, str):
             source.seek(0)
         try:
-            container = av.open(source, metadata_errors="replace")
+            container = av.open(source, metadata_errors="replace", options=_SAFE)
         except av.error.FFmpegError as error:
             raise VideoReadError(f"{self.name} cannot be read as a video: {error.strerror}.") from error
         with container:
@@ -145,6 +177,7 @@ class VideoFile:
             streams = [stream for stream in container.streams.video if not stream.disposition & cover]
             if not streams:
                 raise VideoReadError(f"{self.name} holds no video stream.")
+            check_size(self.name, streams[0].width, streams[0].height, self.limits)
             streams[0].thread_type = "AUTO"
             streams[0].codec_context.thread_count = threads
             yield container, streams[0]
@@ -233,14 +266,15 @@ def _packets_from(
 class _Frames:
     """Frames to pixels of one array, each in its slot, from several threads."""
 
-    def __init__(self, count: int, resize: bool = False):
-        self.count, self.resize, self.pixels = count, resize, None
+    def __init__(self, file: VideoFile, count: int, resize: bool = False):
+        self.file, self.count, self.resize, self.pixels = file, count, resize, None
         self._lock, self._own, self._size = threading.Lock(), threading.local(), None
 
     def put(self, slot: int, frame: Any) -> None:
         if not hasattr(self._own, "convert"):  # one for all frames: each new one starts its own threads
             self._own.convert = import_av().video.reformatter.VideoReformatter()
         size = (frame.width, frame.height)
+        check_size(self.file.name, *size, self.file.limits)
         with self._lock:
             self._size = self._size or size
         if size != self._size and not self.resize:
@@ -257,6 +291,24 @@ class _Frames:
         self.pixels[slot] = picture
 
 
+def check_size(name: str, width: int, height: int, limits: Limits) -> None:
+    """Raises `VideoReadError` for frames that are too large."""
+    if limits.frame_pixels is not None and width * height > limits.frame_pixels:
+        raise VideoReadError(
+            f"{name} has frames of {width} x {height}, {width * height:,} pixels, and limits.frame_pixels is "
+            f"{limits.frame_pixels:,}; raise it to read them."
+        )
+
+
+def check_count(name: str, frames: int, limits: Limits) -> None:
+    """Raises `VideoReadError` for too many frames."""
+    if limits.frames is not None and frames > limits.frames:
+        raise VideoReadError(
+            f"{name}: {frames:,} frames are asked for, and limits.frames is {limits.frames:,}; ask for fewer "
+            "(num_frames), or raise it."
+        )
+
+
 def upright(picture: np.ndarray, frame: Any) -> np.ndarray:
     """A frame's picture [H, W, 3] turned, and mirrored, as its display matrix says."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
@@ -267,4 +319,4 @@ def upright(picture: np.ndarray, frame: Any) -> np.ndarray:
     return np.rot90(picture, round(frame.rotation / 90))  # both counterclockwise
 
 
-__all__ = ["VideoFile", "upright"]
+__all__ = ["VideoFile", "check_count", "check_size", "upright"]

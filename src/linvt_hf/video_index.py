@@ -121,8 +121,11 @@ class VideoIndex:
         left, right = (abs(stamps[keys[side]] - stamps[picks]) for side in (before, after))
         return sorted(set(keys[np.where(left <= right, before, after)].tolist()))
 
-    def decode(self, container: Any, stream: Any) -> Iterator[Any]:
-        """All frames that can be decoded, in the order shown; `problem` tells of others."""
+    def decode(self, container: Any, stream: Any, check: Callable[[], None]) -> Iterator[Any]:
+        """
+        All frames that can be decoded, in the order shown; `problem` tells of others. `check` is called for each
+        packet, and may raise.
+        """
         error, count = import_av().error, 0
         packets = container.demux(stream)
         while True:
@@ -133,6 +136,7 @@ class VideoIndex:
                 return
             if packet is None:
                 return
+            check()
             try:
                 frames = packet.decode()
             except error.FFmpegError as broken:  # the packets after it can be good
@@ -176,13 +180,14 @@ def list_table(container: Any, stream: Any, file: Any) -> VideoIndex | None:
     return index
 
 
-def list_packets(container: Any, stream: Any) -> VideoIndex:
+def list_packets(container: Any, stream: Any, check: Callable[[], None]) -> VideoIndex:
     """What the packets tell, without decoding; `dated` says whether that can be believed."""
     index, context = _header(container, stream, from_frames=False), stream.codec_context
     key_tells = _key_test(index.codec, context.extradata)
     pts, durations, keys, shown = [], [], [], []
     try:
         for packet in container.demux(stream):
+            check()
             if packet.size:
                 pts.append(packet.pts)
                 durations.append(packet.duration)
@@ -205,10 +210,10 @@ def _judge(index: VideoIndex, context: Any) -> None:
     index.can_skip = index.codec in _SKIPPING or (index.codec == "hevc" and _is_one_layer(context.extradata))
 
 
-def list_frames(container: Any, stream: Any) -> VideoIndex:
+def list_frames(container: Any, stream: Any, check: Callable[[], None]) -> VideoIndex:
     """What the frames tell, by decoding all of them."""
     index = _header(container, stream, from_frames=True)
-    marks = [(frame.pts, frame.duration) for frame in index.decode(container, stream)]
+    marks = [(frame.pts, frame.duration) for frame in index.decode(container, stream, check)]
     pts, durations = map(list, zip(*marks, strict=True)) if marks else ([], [])
     if None not in pts and any(a >= b for a, b in zip(pts[:-1], pts[1:], strict=True)):
         pts = [None] * len(pts)  # frames come in the order they are shown, so these are no times

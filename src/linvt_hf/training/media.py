@@ -1,7 +1,5 @@
 """Videos and images of conversations, opened when a sample is made; what cannot be read is told from what is a bug."""
 
-import os
-import re
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -11,8 +9,9 @@ import PIL.Image
 from torch import Tensor
 from transformers.image_utils import load_image
 
-from ..processing_linvt import LinVTProcessor, _has_times
-from ..video_reading import BROKEN_IMAGE, IMAGE_SUFFIXES, Clip
+from ..processing_linvt import LinVTProcessor
+from ..video_reading import BROKEN_IMAGE, Clip
+from ..video_sources import has_times
 
 TIMEOUT = 60  # seconds that a server may take over an image
 
@@ -50,9 +49,7 @@ def _read_clip(processor: LinVTProcessor, source: VideoInput) -> Clip:
     """
     video = source.video
     try:
-        if source.path is not None and os.path.isdir(video):
-            video = _frames_of(video)
-        return processor._read(video, source.num_frames, source.fps if _has_times(video) else None, True)
+        return processor._read(video, source.num_frames, source.fps if has_times(video) else None, True)
     except (OSError, ValueError) as error:  # read_video's own; settings were checked before
         raise SkippedSample(str(error), source.path) from error
 
@@ -94,15 +91,6 @@ def check_image(processor: LinVTProcessor, image: Any) -> None:
 
 def _path(source: Any) -> str | None:
     return str(source) if isinstance(source, (str, Path)) else None
-
-
-def _frames_of(folder: str | Path) -> list[str]:
-    """The images of a folder in the order of the numbers in their names."""
-    names = [name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
-    if not names:
-        raise ValueError(f"{str(folder)!r} is a folder without images; a video's folder holds its frames.")
-    names.sort(key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
-    return [os.path.join(folder, name) for name in names]
 
 
 __all__ = ["SkippedSample", "VideoInput", "check_image", "open_image", "read_frames"]
