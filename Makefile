@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test shapes shapes-results shapes-bases ship quality style conformance clean
+.PHONY: help install demo test shapes shapes-results shapes-bases ship quality style fuzz conformance clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ shapes-bases: install  ## train each of the six image-LLMs small, and compare a 
 
 ship: install  ## examples/linvt-shapes with the code as it is now; MODEL=build/shapes/model puts that model there
 	$(RUN) -m linvt_hf.shapes ship examples/linvt-shapes $(if $(MODEL),--model $(MODEL))
+
+fuzz: install  ## read 5,000 broken video files
+	$(RUN) modeling_tests/fuzz_video.py --files 5000
 
 conformance: install  ## the test suite that transformers ships in its source distribution, against our classes
 	$(RUN) modeling_tests/conformance/run.py

@@ -3,6 +3,7 @@
 import base64
 import http.server
 import io
+import os
 import re
 import threading
 
@@ -13,6 +14,7 @@ import torch
 
 av = pytest.importorskip("av", reason="reading video files needs PyAV")
 
+from fuzz_video import fuzz  # noqa: E402
 from video_files import frame_index, moving_square, write_video  # noqa: E402
 
 from linvt_hf.video_reading import VideoReadError, read_video  # noqa: E402
@@ -189,3 +191,9 @@ def test_limits(mp4, tmp_path, limits, said):
         with pytest.raises(VideoReadError, match=re.escape(said)):
             read_video(source, num_frames=5, limits=Limits(**limits))
     assert len(read_video(mp4, limits=Limits(None, None, None, None, None)).frames) == 32
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the fuzzer counts open files and memory of Linux")
+def test_a_few_broken_files():
+    """`make fuzz` reads many more."""
+    assert fuzz(count=300, seed=10**6, seconds=20, processes=1) == []

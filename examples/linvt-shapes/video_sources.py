@@ -68,7 +68,7 @@ def locate(source: Any, limits: Limits) -> tuple[Any, str]:
     """
     if isinstance(source, bytes | bytearray | memoryview):
         if not source:
-            raise ValueError("the given file is empty (0 bytes).")
+            raise VideoReadError("the given file is empty (0 bytes).")
         return bytes(source), f"the given file of {len(source)} bytes"
     if isinstance(source, str | Path):
         return _locate_path(source, limits)
@@ -80,7 +80,7 @@ def locate(source: Any, limits: Limits) -> tuple[Any, str]:
     name = f"the file object {getattr(source, 'name', type(source).__name__)!r}"
     file = source if hasattr(source, "seekable") and source.seekable() else io.BytesIO(source.read())
     if file.seek(0, io.SEEK_END) == 0:
-        raise ValueError(f"{name} is empty (0 bytes).")
+        raise VideoReadError(f"{name} is empty (0 bytes).")
     return file, name
 
 
@@ -100,7 +100,7 @@ def _locate_path(source: str | Path, limits: Limits) -> tuple[Any, str]:
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path[:200]!r} is neither an existing file nor a file://, http(s):// or data: URL.")
     if os.path.getsize(path) == 0:
-        raise ValueError(f"{path!r} is empty (0 bytes).")
+        raise VideoReadError(f"{path!r} is empty (0 bytes).")
     return os.path.abspath(path), repr(path)  # absolute, so that no name looks like one of FFmpeg's protocols
 
 

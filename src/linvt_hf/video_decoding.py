@@ -177,6 +177,8 @@ class VideoFile:
             streams = [stream for stream in container.streams.video if not stream.disposition & cover]
             if not streams:
                 raise VideoReadError(f"{self.name} holds no video stream.")
+            if streams[0].codec_context is None:
+                raise VideoReadError(f"{self.name} holds video of a kind that nothing here can decode.")
             check_size(self.name, streams[0].width, streams[0].height, self.limits)
             streams[0].thread_type = "AUTO"
             streams[0].codec_context.thread_count = threads

@@ -180,7 +180,10 @@ def _read_file(file: VideoFile, sampling: Sampling, exact: bool, on_error: str) 
     def choose(index: VideoIndex) -> list[int]:
         if index.problem and not index.total:
             raise VideoReadError(f"{name} holds no frames that can be read: {index.problem}.")
-        picks = sampling.choose(name, index.total, index.times, index.duration)
+        try:
+            picks = sampling.choose(name, index.total, index.times, index.duration)
+        except ValueError as error:  # it fits the arguments, so it is the file that does not
+            raise VideoReadError(str(error)) from error
         return picks if exact else index.nearest_keys(picks)
 
     index, kept, frames = file.read(lambda index: sorted(set(choose(index))))
