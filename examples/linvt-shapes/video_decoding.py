@@ -11,6 +11,7 @@ instead, which no file can mislead.
 
 import contextlib
 import io
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -312,13 +313,14 @@ def check_count(name: str, frames: int, limits: Limits) -> None:
 
 
 def upright(picture: np.ndarray, frame: Any) -> np.ndarray:
-    """A frame's picture [H, W, 3] turned, and mirrored, as its display matrix says."""
+    """A frame's picture [H, W, 3] mirrored and turned, as its display matrix says."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is not None:
-        a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
-        if a * d - b * c < 0:  # libav tells the angle as if it were not mirrored
-            return np.rot90(picture[:, ::-1], round(frame.rotation / 90))
-    return np.rot90(picture, round(frame.rotation / 90))  # both counterclockwise
+    if matrix is None:
+        return picture
+    right, down, _, x, y, *_ = np.frombuffer(matrix, np.int32).tolist()  # where the picture's axes point
+    if right * y - down * x < 0:  # mirrored: first from left to right, and the axis points the other way
+        picture, right, down = picture[:, ::-1], -right, -down
+    return np.rot90(picture, round(-math.atan2(down, right) / (math.pi / 2)))  # counterclockwise
 
 
 __all__ = ["VideoFile", "check_count", "check_size", "upright"]

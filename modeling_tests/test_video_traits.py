@@ -1,0 +1,127 @@
+"""What video files have beside frames: a turned or mirrored picture, odd sizes, colours of several kinds, sound."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+av = pytest.importorskip("av", reason="reading video files needs PyAV")
+
+from video_files import frame_index, moving_square, write_video  # noqa: E402
+
+from linvt_hf.video_reading import read_video  # noqa: E402
+
+FRAMES = moving_square(6)
+ONE = 1 << 16
+
+
+def needs(codec):
+    return pytest.mark.skipif(codec not in av.codecs_available, reason=f"this PyAV has no {codec} encoder")
+
+
+@needs("libx264")
+@pytest.mark.skipif(
+    not hasattr(av.video.stream.VideoStream, "set_display_matrix"),
+    reason="this PyAV cannot write rotation metadata (18 can)",
+)
+@pytest.mark.parametrize(("turned", "one", "other"), list(itertools.product([False, True], [1, -1], [1, -1])))
+def test_every_way_to_turn_and_mirror(tmp_path, turned, one, other):
+    """The matrix says where a stored pixel (x, y) is shown: at (x, y) with signs, or at (y, x) with signs."""
+    matrix = [0, one, 0, other, 0, 0] if turned else [one, 0, 0, 0, other, 0]
+    path = write_video(
+        tmp_path / "m.mp4", FRAMES, codec="libx264", display_matrix=[ONE * entry for entry in matrix] + [0, 0, 1 << 30]
+    )
+    with av.open(str(path)) as container:
+        stored = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    height, width = stored.shape[:2]
+    a, b, c, d = matrix[0], matrix[1], matrix[3], matrix[4]
+    y, x = np.mgrid[:height, :width]
+    column, row = a * x + c * y, b * x + d * y
+    expected = np.empty((height, width, 3) if not turned else (width, height, 3), np.uint8)
+    expected[row - row.min(), column - column.min()] = stored
+    clip = read_video(path, indices=[0])
+    assert np.array_equal(clip.frames[0].numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt"),
+    [
+        ("a.mp4", "libx264", "yuv444p"),
+        ("a.mkv", "ffv1", "bgr0"),
+        ("a.webm", "libvpx-vp9", "yuv420p"),
+        ("a.apng", "apng", "rgb24"),
+    ],
+)
+def test_odd_sizes(tmp_path, name, codec, pix_fmt):
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec} encoder to write the file with")
+    frames = moving_square(5, 67, 101)
+    clip = read_video(write_video(tmp_path / name, frames, codec=codec, pix_fmt=pix_fmt), num_frames=None)
+    assert clip.frames.shape == (5, 67, 101, 3)
+    assert [frame_index(frame) for frame in clip.frames] == list(range(5))
+
+
+@needs("libx264")
+@pytest.mark.parametrize("space", ["ITU601", "ITU709"])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("name", ["c.mp4", "c.mkv"])
+def test_colours_are_what_they_were(tmp_path, name, space, full):
+    """Of both common colour spaces, from 16 to 235 or from 0 to 255, as the file says."""
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [0, 0, 0], [255, 255, 255], [128, 128, 128]], np.uint8)
+    picture = np.repeat(colours[None], 64, axis=0).repeat(32, axis=1)  # [64, 192, 3]
+    numbers = {"ITU601": 6, "ITU709": 1}  # as H.273 counts them
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"qp": "4"})
+        stream.height, stream.width, stream.pix_fmt = 64, 192, "yuv444p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = numbers[space], 2 if full else 1
+        for index in range(3):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
+                format="yuv444p", dst_colorspace=space, dst_color_range="JPEG" if full else "MPEG"
+            )
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    clip = read_video(path, num_frames=2)
+    shown = clip.frames[:, 32, 16::32].numpy().astype(int)  # the middle of each field
+    assert abs(shown - colours.astype(int)).max() <= 4
+
+
+@needs("apng")
+def test_transparent_pictures_become_rgb(tmp_path):
+    path = tmp_path / "a.apng"
+    with av.open(str(path), "w", format="apng") as container:
+        stream = container.add_stream("apng", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "rgba"
+        for index, picture in enumerate(FRAMES):
+            pixels = np.concatenate([picture, np.full((64, 96, 1), 255, np.uint8)], axis=2)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgba")
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    clip = read_video(path, num_frames=None)
+    assert np.array_equal(clip.frames.numpy(), FRAMES)
+
+
+@needs("mpeg4")
+@pytest.mark.parametrize("name", ["s.mp4", "s.mkv", "s.avi", "s.ts"])
+def test_sound_beside_it(tmp_path, name):
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        picture = container.add_stream("mpeg4", rate=8)
+        picture.height, picture.width, picture.pix_fmt = 64, 96, "yuv420p"
+        codec = "mp2" if name.endswith(("avi", "ts")) else "aac"
+        sound = container.add_stream(codec, rate=16000, layout="mono")
+        for index, pixels in enumerate(FRAMES):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = index
+            container.mux(picture.encode(frame))
+            kind, samples = ("s16", np.int16) if codec == "mp2" else ("fltp", np.float32)
+            audio = av.AudioFrame.from_ndarray(np.zeros((1, 2000), samples), format=kind, layout="mono")
+            audio.sample_rate, audio.pts = 16000, 2000 * index
+            container.mux(sound.encode(audio))
+        for stream in (picture, sound):
+            container.mux(stream.encode(None))
+    clip = read_video(path, num_frames=None)
+    assert [frame_index(frame) for frame in clip.frames] == list(range(6))
+    assert clip.times.tolist() == pytest.approx([index / 8 for index in range(6)], abs=0.002)
