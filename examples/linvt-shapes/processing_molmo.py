@@ -4,6 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageInput, make_flat_list_of_images
@@ -157,20 +158,39 @@ def fit(image: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndar
     An image [3, h, w] in the middle of black [3, height, width], as large as it fits, in [0, 1]; and where it is,
     [height, width].
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(image))
-    pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+    canvas, inside = fit_all(torch.from_numpy(np.ascontiguousarray(image))[None], height, width)
+    return canvas[0].numpy(), inside.numpy()
+
+
+def fit_all(pixels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The same for images of one size, [T, 3, h, w]."""
     # Sizes in float32, as in training: rounding down may differ by a pixel otherwise.
-    rows, columns = np.float32(image.shape[1]), np.float32(image.shape[2])
+    rows, columns = (np.float32(side) for side in pixels.shape[2:])
     scale = min(np.float32(height) / rows, np.float32(width) / columns)
     rows, columns = max(1, int(rows * scale)), max(1, int(columns * scale))
+    pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
     # What torchvision calls, with these arguments, to resize a tensor.
-    pixels = F.interpolate(pixels[None], (rows, columns), mode="bilinear", align_corners=False, antialias=True)[0]
+    pixels = F.interpolate(pixels, (rows, columns), mode="bilinear", align_corners=False, antialias=True)
     top, left = (height - rows) // 2, (width - columns) // 2
-    canvas = np.zeros((3, height, width), dtype=np.float32)
-    canvas[:, top : top + rows, left : left + columns] = pixels.clip(0, 1).numpy()
-    inside = np.zeros((height, width), dtype=bool)
+    canvas = pixels.new_zeros(len(pixels), 3, height, width)
+    canvas[:, :, top : top + rows, left : left + columns] = pixels.clamp(0, 1)
+    inside = torch.zeros(height, width, dtype=torch.bool)
     inside[top : top + rows, left : left + columns] = True
     return canvas, inside
+
+
+def frame_crops(
+    frames: Tensor, side: int, image_mean, image_std, patch_size: int, pooling_size: int
+) -> dict[str, Tensor]:
+    """What `MolmoImageProcessor` makes of images of one size, uint8 [T, 3, H, W], without overlapping crops."""
+    pixels, inside = fit_all(frames, side, side)
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (image_mean, image_std))
+    tokens = side // patch_size // pooling_size
+    return {
+        "pixel_values": (pixels - mean) / std,
+        "image_masks": torch.from_numpy(patch_shares(inside[None].numpy(), patch_size)).expand(len(frames), -1),
+        "image_token_order": torch.arange(tokens * tokens).expand(len(frames), -1),
+    }
 
 
 def select_tiling(height: int, width: int, window: int, max_crops: int) -> tuple[int, int]:

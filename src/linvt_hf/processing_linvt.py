@@ -15,6 +15,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
 
 from .chat_templates import VIDEO_TOKEN, blocks_of, newest_words, turn_marks
+from .frames_to_pixels import frames_to_pixels
 from .processing_blip3 import Blip3Processor
 from .processing_molmo import MolmoProcessor
 from .video_reading import Clip, is_one_video, read_video
@@ -240,11 +241,13 @@ class LinVTProcessor(ProcessorMixin):
         """Sampled frames to the base's pixels, all videos one after another."""
         outputs = []
         for clip in clips:
-            # Every frame is a sample of its own: processors tile or join the images of one sample.
-            frames = [[Image.fromarray(frame)] for frame in clip.frames.numpy()]
-            output = self.image_processor(frames, return_tensors="pt", **self.frame_kwargs)
-            if output["pixel_values"].ndim == 5:  # [T, tiles, 3, H, W]: the first tile is the whole frame
-                output["pixel_values"] = output["pixel_values"][:, :1]
+            output = frames_to_pixels(clip.frames, self.image_processor, self.frame_kwargs)
+            if output is None or any(name not in output for name in self.frame_inputs):
+                # Every frame is a sample of its own: processors tile or join the images of one sample.
+                frames = [[Image.fromarray(frame)] for frame in clip.frames.numpy()]
+                output = self.image_processor(frames, return_tensors="pt", **self.frame_kwargs)
+                if output["pixel_values"].ndim == 5:  # [T, tiles, 3, H, W]: the first tile is the whole frame
+                    output["pixel_values"] = output["pixel_values"][:, :1]
             outputs.append(output)
         inputs = {
             "pixel_values_videos": _cat_padded([output["pixel_values"] for output in outputs]),

@@ -37,7 +37,7 @@ from .media import SkippedSample, VideoInput, read_frames
 if TYPE_CHECKING:
     from .dataset import ChatDataset
 
-_FORMAT = "1"
+_FORMAT = "2"
 
 
 class FeatureCache:
