@@ -334,3 +334,28 @@ def test_one_sentence(text, videos, kwargs, message):
     with pytest.raises(ValueError, match=message) as caught:
         processor(text=text, videos=videos, **kwargs)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_videos_of_a_batch_are_read_at_once(tmp_path):
+    _, processor = wrapped("internvl_qwen2")
+    paths = [write_video(tmp_path / f"{seed}.mp4", moving_square(12 + seed, seed=seed)) for seed in range(5)]
+    texts = [f"{VIDEO_TOKEN} what?"] * 5
+    one = processor(text=texts, videos=[str(path) for path in paths])
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        several = processor(text=texts, videos=[str(path) for path in paths])
+        with pytest.raises(FileNotFoundError):
+            processor(text=texts, videos=[*map(str, paths[:4]), "nowhere.mp4"])
+    finally:
+        torch.set_num_threads(before)
+    assert one.keys() == several.keys() and all(torch.equal(one[name], several[name]) for name in one)
+
+
+def test_a_part_of_a_video(tmp_path):
+    _, processor = wrapped("internvl_qwen2")
+    path = str(write_video(tmp_path / "a.mp4", moving_square(24), fps=8))
+    inputs = processor(text=f"{VIDEO_TOKEN} what?", videos=path, videos_kwargs={"start": 1.0, "end": 2.0})
+    assert inputs["num_frames"].tolist() == [4] and 1 <= inputs["frame_times"].min() < inputs["frame_times"].max() < 2
+    with pytest.raises(ValueError, match="videos_kwargs has begin; known are end, exact, "):
+        processor(text=f"{VIDEO_TOKEN} what?", videos=path, videos_kwargs={"begin": 1.0})

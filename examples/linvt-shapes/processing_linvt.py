@@ -2,7 +2,8 @@
 
 import inspect
 import re
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from .video_sources import has_times
 
 OWN_PROCESSORS = {processor.__name__: processor for processor in (Blip3Processor, MolmoProcessor)}
 
+# What of `read_video`'s arguments a call may set, beside the processor's own.
+_READING = {"indices", "times", "start", "end", "exact", "on_error", "threads", "limits"}
 # How each text input is padded in a batch; input_ids by the tokenizer's own padding token.
 _TEXT_PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
 
@@ -97,14 +100,15 @@ class LinVTProcessor(ProcessorMixin):
             images: as the base's processor takes them.
             text: one prompt or several; each video stands in it as one `video_token`.
             videos: one video or several, in the order of their placeholders, or one list of videos for each prompt. A
-                video is a path, a URL, bytes, a file object, a uint8 array or tensor [T, H, W, 3], or a list of PIL
-                images or of image paths.
+                video is whatever `read_video` takes: a path, a URL, bytes, a file object, a uint8 array or tensor
+                [T, H, W, 3], a list of PIL images or of image paths, a folder of images.
             questions: what conditions each prompt's videos, all of a prompt's videos alike. `apply_chat_template`
                 gives the words of the newest user turn. By default the same is found in the prompt (see
                 `question_of`). False for no question.
             num_frames, fps: instead of the processor's defaults; with `fps`, `num_frames` is the most that are read.
                 `do_sample_frames=False` keeps every frame.
-            videos_kwargs: the same three as a dict, as transformers' processors take them.
+            videos_kwargs: the same three as a dict, as transformers' processors take them, and further arguments of
+                `read_video` for files, such as `start` and `end`.
             kwargs: for the base's processor, such as `padding` (several prompts are padded by default).
 
         Returns a `BatchFeature` with the base's own entries and, for videos, `pixel_values_videos`, `num_frames` [V],
@@ -121,9 +125,11 @@ class LinVTProcessor(ProcessorMixin):
                 f"LinVT works on torch tensors; return_tensors='{kwargs['return_tensors']}' is not there."
             )
         kwargs["return_tensors"] = "pt"
-        if videos_kwargs:
-            num_frames, fps = videos_kwargs.get("num_frames", num_frames), videos_kwargs.get("fps", fps)
-            do_sample_frames = videos_kwargs.get("do_sample_frames", do_sample_frames)
+        reading = dict(videos_kwargs or {})
+        num_frames, fps = reading.pop("num_frames", num_frames), reading.pop("fps", fps)
+        do_sample_frames = reading.pop("do_sample_frames", do_sample_frames)
+        if unknown := reading.keys() - _READING:
+            raise ValueError(f"videos_kwargs has {', '.join(unknown)}; known are {', '.join(sorted(_READING))}.")
         texts = [text] if isinstance(text, str) else None if text is None else list(text)
         per_text = [prompt.count(self.video_token) for prompt in texts or ()]
         videos = self._flat_videos(videos, per_text if texts is not None else None)
@@ -133,8 +139,7 @@ class LinVTProcessor(ProcessorMixin):
             expanded = texts and [t.replace(self.video_token, self.video_token * self.num_video_tokens) for t in texts]
             inputs.update(self._text_and_images(expanded, images, kwargs))
         if videos:
-            clips = [self._read(video, num_frames, fps, do_sample_frames) for video in videos]
-            inputs.update(self._frames(clips))
+            inputs.update(self._frames(self._read_all(videos, num_frames, fps, do_sample_frames, reading)))
             if questions is not False and (texts is not None or questions is not None):
                 inputs.update(self._questions(texts, questions, per_text, len(videos)))
         return BatchFeature(inputs)
@@ -206,12 +211,24 @@ class LinVTProcessor(ProcessorMixin):
 
     # ---- videos ----
 
-    def _read(self, video, num_frames: int | None, fps: float | None, sample: bool) -> Clip:
+    def _read_all(self, videos: list, num_frames, fps, sample: bool, reading: dict) -> list[Clip]:
+        """Several at once where there are threads for it."""
+        threads = torch.get_num_threads()
+        read = partial(self._read, num_frames=num_frames, fps=fps, sample=sample, **reading)
+        if threads == 1 or len(videos) == 1:
+            return [read(video) for video in videos]
+        at_once = min(threads, len(videos))
+        with ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(partial(read, threads=max(threads // at_once, 1)), videos))
+
+    def _read(self, video, num_frames: int | None, fps: float | None, sample: bool, **reading) -> Clip:
         if not sample:
-            return read_video(video, num_frames=None)
-        if num_frames is None and fps is None and has_times(video):
+            return read_video(video, num_frames=None, **reading)
+        chosen = num_frames is not None or fps is not None or reading.keys() & {"indices", "times"}
+        if not chosen and has_times(video):
             fps = self.fps  # only as a default: who asks for a rate of frames without times must hear of it
-        return read_video(video, num_frames=self.num_frames if num_frames is None else num_frames, fps=fps)
+        num_frames = self.num_frames if num_frames is None else num_frames
+        return read_video(video, num_frames=num_frames, fps=fps, **reading)
 
     def _flat_videos(self, videos, per_text: list[int] | None) -> list:
         """All videos in one list, after checking that they match the placeholders of the prompts."""
