@@ -107,16 +107,17 @@ def least(path: str, frames: int, threads: int):
     from linvt_hf import video_decoding
 
     video = video_decoding.VideoFile(path, path, threads)
-    index = video._table() or video._packets()
+    index = video._by_table() or video._by_packets()
     picks = _evenly(index.total, frames)
     parts = video_decoding._share(video_decoding._stretches(index, picks), threads)
 
     def decode(part):
         with video.opened(max(threads // len(parts), 1)) as (container, stream):
-            return sum(
-                sum(1 for _ in video_decoding._frames_of(container, stream, index, stretch, number == 0))
-                for number, stretch in enumerate(part)
-            )
+            count = 0
+            for number, stretch in enumerate(part):
+                packets = video._packets(container, stream, index, stretch.start, fresh=number == 0)
+                count += sum(1 for _ in video_decoding._frames_of(packets, stream, index, stretch))
+            return count
 
     began = time.perf_counter()
     with ThreadPoolExecutor(len(parts)) as pool:

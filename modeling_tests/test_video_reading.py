@@ -270,6 +270,21 @@ def test_damaged_packets_are_left_out(tmp_path, scans, caplog):
     assert len(read_video(bytes(data), num_frames=5, on_error="keep").frames) == 5
 
 
+@pytest.mark.skipif(H264 != "libx264", reason="this PyAV has no libx264 encoder to write the file with")
+def test_frames_that_a_decoder_makes_up(tmp_path):
+    grain = np.random.default_rng(0).integers(0, 255, (24, 64, 96, 3), dtype=np.uint8)
+    data = bytearray(write_video(tmp_path / "a.mp4", grain, codec="libx264", gop=8).read_bytes())
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        at, size = packets[10].pos, packets[10].size
+    data[at + size // 2 : at + size // 2 + 40] = bytes(range(40))
+    with pytest.raises(VideoReadError, match="is damaged: "):
+        read_video(bytes(data), num_frames=None)
+    assert len(read_video(bytes(data), num_frames=None, on_error="keep").frames) >= 20
+    whole, kept = read_video(tmp_path / "a.mp4", indices=[2, 20]), read_video(bytes(data), indices=[2, 20])
+    assert torch.equal(whole.frames, kept.frames)  # in other groups of pictures, which are as they were
+
+
 @pytest.mark.parametrize("name, codec", [("whole.mkv", "mjpeg"), ("whole.mp4", H264), ("whole.ts", H264)])
 def test_a_file_that_breaks_off(tmp_path, name, codec):
     data = write_video(tmp_path / name, FRAMES, codec=codec, faststart=True).read_bytes()

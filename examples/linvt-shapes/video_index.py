@@ -143,6 +143,8 @@ class VideoIndex:
                 self.problem = f"after frame {count} a part of it cannot be decoded ({broken.strerror})"
                 continue
             for frame in frames:
+                if frame.is_corrupt:  # what could not be decoded is made up
+                    self.problem = f"frame {count} is not whole"
                 count += 1
                 yield frame
 

@@ -26,26 +26,10 @@ from .video_sources import Deadline, Limits
 
 # What libav may open: formats that hold their frames themselves. Playlists and their like open other files, and hosts.
 _FORMATS = (
-    *(
-        "mov",
-        "matroska",
-        "avi",
-        "mpegts",
-        "mpeg",
-        "mpegvideo",
-        "m4v",
-        "flv",
-        "asf",
-        "ogg",
-        "ivf",
-        "obu",
-        "h264",
-        "hevc",
-    ),
-    *("hevc", "gif", "apng", "mjpeg", "nut", "rm", "mxf", "dv", "wtv", "yuv4mpegpipe", "dnxhd", "vc1", "vvc", "dirac"),
-    *("bmp_pipe", "jpeg_pipe", "png_pipe", "tiff_pipe", "webp_pipe"),
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,ivf,obu,h264,hevc,vvc,vc1,gif,apng,mjpeg,nut,rm,mxf,dv,wtv,"
+    "yuv4mpegpipe,dnxhd,dirac,bmp_pipe,jpeg_pipe,png_pipe,tiff_pipe,webp_pipe"
 )
-_SAFE = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "file"}
+_SAFE = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
 # Packets that are rather decoded than jumped over (ours): to begin anew costs about as much.
 _NEAR = 8
 
@@ -68,7 +52,7 @@ class VideoFile:
     The first video stream of a file, other than a song's cover.
 
     Args:
-        source: a path, a URL, bytes, or a seekable binary file object.
+        source: a path, bytes, or a seekable binary file object.
         name: for messages.
         threads: that decode; None for as many as PyTorch uses, which is one in a data loader's workers.
         limits: the seconds count from here.
@@ -81,12 +65,12 @@ class VideoFile:
         self.limits = limits or Limits()
         self.deadline = Deadline(name, self.limits)
         self.threads = threads or torch.get_num_threads()
-        # Several readers of one file object would move each other's place; of one server, ask for too much.
-        self.readers = self.threads if isinstance(source, bytes) or _is_path(source) else 1
+        # Several readers of one file object would move each other's place.
+        self.readers = self.threads if isinstance(source, str | bytes) else 1
 
     def read(self, choose: Callable[[VideoIndex], list[int]]) -> tuple[VideoIndex, list[int], np.ndarray]:
         """The index, what was chosen of it (ascending, each once), and those frames, uint8 [T, H, W, 3]."""
-        for listed in (self._table, self._packets):
+        for listed in (self._by_table, self._by_packets):
             index = listed()
             if index is not None and index.dated:
                 picks = self._chosen(choose, index)
@@ -96,18 +80,23 @@ class VideoFile:
             index = list_frames(container, stream, self.deadline.check)
         self.decoded += index.total
         picks = self._chosen(choose, index)
-        return index, picks, self._from_the_start(index, picks)
+        try:
+            return index, picks, self._from_the_start(index, picks)
+        except _Misled as error:
+            raise VideoReadError(
+                f"{self.name} cannot be read: its pictures turn on the way, or are others each time it is decoded."
+            ) from error
 
     def _chosen(self, choose: Callable[[VideoIndex], list[int]], index: VideoIndex) -> list[int]:
         picks = choose(index)
         check_count(self.name, len(picks), self.limits)
         return picks
 
-    def _table(self) -> VideoIndex | None:
+    def _by_table(self) -> VideoIndex | None:
         with self.opened() as (container, stream):
             return list_table(container, stream, self.source)
 
-    def _packets(self) -> VideoIndex:
+    def _by_packets(self) -> VideoIndex:
         with self.opened() as (container, stream):
             return list_packets(container, stream, self.deadline.check)
 
@@ -132,8 +121,8 @@ class VideoFile:
             for number, stretch in enumerate(part):
                 shown = None
                 try:
-                    for frame in _frames_of(container, stream, index, stretch, fresh=number == 0):
-                        self.deadline.check()
+                    packets = self._packets(container, stream, index, stretch.start, fresh=number == 0)
+                    for frame in _frames_of(packets, stream, index, stretch):
                         decoded += 1
                         packet = index.packet_of(frame.pts)
                         if packet is None or frame.is_corrupt or (shown is not None and frame.pts <= shown):
@@ -146,6 +135,29 @@ class VideoFile:
                 if stretch.wanted:
                     raise _Misled
         return decoded
+
+    def _packets(
+        self, container: Any, stream: Any, index: VideoIndex, start: int, fresh: bool
+    ) -> Iterator[tuple[int, Any]]:
+        """The packets from number `start` on, with their numbers; `fresh`: nothing was read yet."""
+        keys = np.flatnonzero(index.keys[: start + 1])
+        for back in (1, 2, 4, 16, 64):  # some formats find what lies after the moment they are asked for
+            if not (fresh and start == 0):
+                beginning = int(index.pts[0] - 10 / index.time_base)
+                container.seek(int(index.pts[keys[-back]]) if back <= len(keys) else beginning, stream=stream)
+            begun = False
+            for packet in container.demux(stream):
+                self.deadline.check()
+                number = index.packet_of(packet.pts) if packet.size else None
+                begun = begun or number == start
+                if begun and number is None:
+                    raise _Misled
+                if begun:
+                    yield number, packet
+                elif not packet.size or (number is not None and number > start):
+                    break
+            if begun or back > len(keys):
+                return
 
     def _from_the_start(self, index: VideoIndex, picks: list[int]) -> np.ndarray:
         frames, slots = _Frames(self, len(picks), resize=True), {pick: slot for slot, pick in enumerate(picks)}
@@ -186,10 +198,6 @@ class VideoFile:
             yield container, streams[0]
 
 
-def _is_path(source: Any) -> bool:
-    return isinstance(source, str) and "://" not in source
-
-
 # ---- what is decoded ----
 
 
@@ -226,44 +234,20 @@ def _share(stretches: list[Stretch], readers: int) -> list[list[Stretch]]:
     return [part for part in parts if part]
 
 
-def _frames_of(container: Any, stream: Any, index: VideoIndex, stretch: Stretch, fresh: bool) -> Iterator[Any]:
-    """The frames of a stretch in the order shown, without those that nobody needs; `fresh`: nothing was read yet."""
+def _frames_of(packets: Iterator[tuple[int, Any]], stream: Any, index: VideoIndex, stretch: Stretch) -> Iterator[Any]:
+    """The frames of a stretch in the order shown, without those that nobody needs."""
     context = stream.codec_context
-    skips = index.can_skip
-    for number, packet in _packets_from(container, stream, index, stretch.start, fresh):
+    for number, packet in packets:
         wanted = number in stretch.wanted
         if number == stretch.start and index.starts_whole and not index.starts_whole(memoryview(packet)):
             raise _Misled
-        if skips:
+        if index.can_skip:
             context.skip_frame = "DEFAULT" if wanted else "NONREF"
         if wanted or not index.intra:
             yield from packet.decode()
         if number == stretch.end:
             break
     yield from context.decode(None)  # what waits for its turn comes out without decoding more
-
-
-def _packets_from(
-    container: Any, stream: Any, index: VideoIndex, start: int, fresh: bool
-) -> Iterator[tuple[int, Any]]:
-    """The packets from number `start` on, with their numbers."""
-    keys = np.flatnonzero(index.keys[: start + 1])
-    for back in (1, 2, 4, 16, 64):  # some formats find what lies after the moment they are asked for
-        if not (fresh and start == 0):
-            beginning = int(index.pts[0] - 10 / index.time_base)
-            container.seek(int(index.pts[keys[-back]]) if back <= len(keys) else beginning, stream=stream)
-        begun = False
-        for packet in container.demux(stream):
-            number = index.packet_of(packet.pts) if packet.size else None
-            begun = begun or number == start
-            if begun and number is None:
-                raise _Misled
-            if begun:
-                yield number, packet
-            elif not packet.size or (number is not None and number > start):
-                break
-        if begun or back > len(keys):
-            return
 
 
 class _Frames:
