@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_bases import CHATML, NAMED, UNNAMED
+from tiny_bases import CHATML, NAMED, TINY_LINVT, UNNAMED
 from tiny_models import base_folder, chat, encode, noise_video, wrapped
 from video_files import moving_square, write_video
 
@@ -359,3 +359,42 @@ def test_a_part_of_a_video(tmp_path):
     assert inputs["num_frames"].tolist() == [4] and 1 <= inputs["frame_times"].min() < inputs["frame_times"].max() < 2
     with pytest.raises(ValueError, match="videos_kwargs has begin; known are end, exact, "):
         processor(text=f"{VIDEO_TOKEN} what?", videos=path, videos_kwargs={"begin": 1.0})
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("said", ["duration", "frames"])
+def test_times_in_the_prompt(name, said, tmp_path):
+    model, plain = wrapped(name)
+    _, processor = wrap(base_folder(name), num_frames=3, times_in_prompt=said, **TINY_LINVT)
+    video = {"type": "video", "path": str(write_video(tmp_path / "a.mp4", moving_square(24), fps=8))}
+    messages = [{"role": "user", "content": [video, {"type": "text", "text": "What?"}]}]
+    ids = encode(processor, messages)["input_ids"][0]
+    text = processor.tokenizer.decode(ids)
+    without = encode(plain, messages)["input_ids"][0]
+    assert (ids == processor.video_token_id).sum() == (without == plain.video_token_id).sum()
+    assert len(ids) > len(without)
+    words = " ".join(text.split())
+    assert "lasts" in words and "3.0" in words or "3.00" in words
+    if said == "frames":
+        assert all(time in words for time in ("0.5", "1.5", "2.5"))
+    assert words.index("lasts") < words.index("What?")
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert processor.question_of(prompt) == "What?"  # what is said is no part of the question
+    # Pictures have no times, and nothing is said of them.
+    frames = chat(noise_video(3), "What?")
+    assert torch.equal(encode(processor, frames)["input_ids"], encode(plain, frames)["input_ids"])
+    processor.save_pretrained(tmp_path / "saved")
+    again = LinVTProcessor.from_pretrained(tmp_path / "saved")
+    assert torch.equal(encode(again, messages)["input_ids"][0], ids)
+
+
+def test_times_of_several_videos(tmp_path):
+    _, processor = wrap(base_folder("internvl_qwen2"), num_frames=2, times_in_prompt="frames", **TINY_LINVT)
+    first, second = (str(write_video(tmp_path / f"{n}.mp4", moving_square(n), fps=8)) for n in (8, 16))
+    text = f"a {VIDEO_TOKEN} b <img>{VIDEO_TOKEN}</img>\nc"
+    inputs = processor(text=[text, f"{VIDEO_TOKEN} what?"], videos=[[first, second], [first]])
+    assert "video_durations" not in inputs
+    said = processor.tokenizer.decode(inputs["input_ids"][0]).replace(" ", "")
+    assert said.index("lasts1.0") < said.index("b<img>") < said.index("</img>") < said.index("lasts2.0")
+    with pytest.raises(ValueError, match="times_in_prompt is 'minutes'; known are 'duration', 'frames'"):
+        wrap(base_folder("internvl_qwen2"), times_in_prompt="minutes", **TINY_LINVT)

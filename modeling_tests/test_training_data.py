@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_bases import NAMED, TINY_BASES, UNNAMED
-from tiny_models import encode, noise_video, wrapped
+from tiny_bases import NAMED, TINY_BASES, TINY_LINVT, UNNAMED
+from tiny_models import base_folder, encode, noise_video, wrapped
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 from video_files import moving_square, write_video
 
+from linvt_hf import wrap
 from linvt_hf.training import dataset
 from linvt_hf.training.dataset import ChatDataset, read_skipped
 from linvt_hf.training.feature_cache import FeatureCache, check_frozen
@@ -87,6 +88,7 @@ def encode_conversation(processor, messages, turns="each"):
     """The sample that a conversation in memory makes."""
     videos = [block["video"] for turn in messages for block in turn["content"] if block["type"] == "video"]
     frames = processor._frames([processor._read(one, None, None, True) for one in videos]) if videos else {}
+    frames.pop("video_durations", None)  # which no model takes
     return {**encode_text(processor, messages, turns), **frames}
 
 
@@ -977,3 +979,19 @@ def test_a_thousand_samples_cost_little():
             processor.collate([data[i] for i in range(100)])
         seconds = time.perf_counter() - start
     assert seconds < 2, np.round(seconds, 2)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_times_in_the_prompt_are_those_of_inference(media, cached):
+    model, processor = wrap(base_folder("internvl_qwen2"), num_frames=3, times_in_prompt="frames", **TINY_LINVT)
+    features = FeatureCache(memory=True) if cached else None
+    data = ChatDataset(read_records([llava("What?", "A.", video=str(media / "a.mkv"))]), processor, features=features)
+    if cached:
+        features.fill(model.requires_grad_(False), data, progress=False)
+    sample = data[0]
+    video = {"type": "video", "path": str(media / "a.mkv")}
+    prompt = encode(processor, [{"role": "user", "content": [video, {"type": "text", "text": "What?"}]}])["input_ids"][
+        0
+    ]
+    assert torch.equal(sample["input_ids"][0, : len(prompt)], prompt) and "video_durations" not in sample
+    assert "lasts" in processor.tokenizer.decode(prompt)

@@ -36,6 +36,15 @@ class ImageLLM:
     frame_kwargs: dict = {}
     # What stands around a video in the prompt.
     video_prompt = "{video}\n"
+    # How a prompt says, after a video, how long it is and when its frames are (ours, where the base has no way).
+    time_forms = {
+        "duration": {"sentence": "The video lasts {duration:.1f} seconds.\n", "time": "", "between": ""},
+        "frames": {
+            "sentence": "The video lasts {duration:.1f} seconds; {count} frames were seen, at {times} seconds.\n",
+            "time": "{:.1f}",
+            "between": ", ",
+        },
+    }
     # Tokens of the base's vocabulary that its prompts never use, for bases whose embedding table has no free row.
     spare_tokens: tuple[str, ...] = ()
     # The token type of an answer, for bases whose attention depends on token types.
@@ -120,6 +129,11 @@ class Qwen2VL(ImageLLM):
 
 
 class Qwen3VL(Qwen2VL):
+    time_forms = {
+        **ImageLLM.time_forms,
+        "frames": {"sentence": "{times}\n", "time": "<{:.1f} seconds>", "between": ""},  # its own marks of time
+    }
+
     def lost(self, config):
         return (
             "Qwen3-VL adds features of intermediate vision layers inside its language model (deepstack); LinVT "
@@ -151,6 +165,15 @@ class LlavaOnevision(ImageLLM):
     """Aquila-VL too. Frames take the base's video path: each pooled 2 x 2, without any-resolution tiles."""
 
     unpooled = LlavaOnevisionWhole
+    time_forms = {
+        **ImageLLM.time_forms,
+        "frames": {  # as LLaVA-Video, which grew out of it, was trained with
+            "sentence": "The video lasts for {duration:.2f} seconds, and {count} frames are uniformly sampled from "
+            "it. These frames are located at {times}.\n",
+            "time": "{:.2f}s",
+            "between": ",",
+        },
+    }
 
     def features(self, base, pixel_values):
         pixel_values = pixel_values[:, 0] if pixel_values.ndim == 5 else pixel_values  # the whole frame, no tiles

@@ -4,6 +4,7 @@ import os
 import re
 from functools import lru_cache
 
+from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 VIDEO_TOKEN = "<|linvt_video|>"
@@ -31,6 +32,34 @@ def chat_template_with_videos(base_template: str, video_prompt: str, video_token
     """The base's chat template, taught where videos go. `video_prompt` holds `{video}`, e.g. "{video}\\n"."""
     text = video_prompt.format(video=video_token).replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
     return _VIDEOS_TO_TEXT.replace("VIDEO_PROMPT", text) + base_template
+
+
+def with_times(texts: list[str], frames: dict[str, Tensor], video_token: str, form: dict[str, str]) -> list[str]:
+    """
+    Prompts that say after each video how long it is or when its frames are, where that is known.
+
+    Args:
+        frames: of all videos in order, `num_frames` [V], `frame_times` [V, max T] and `video_durations` [V], seconds,
+            a duration below zero where nobody knows.
+        form: `sentence`, which may hold {duration}, {count} and {times}; `time`, one of these; `between` them; and
+            `after`, what stands right after a video in a prompt, behind which the sentence goes.
+    """
+    videos = iter(range(len(frames["num_frames"]) if "frame_times" in frames else 0))
+    said = []
+    for text in texts:
+        start, *parts = text.split(video_token)
+        for part in parts:
+            number = next(videos, None)
+            duration = -1.0 if number is None else float(frames["video_durations"][number])
+            after = form["after"] if part.startswith(form["after"]) else ""
+            sentence = ""
+            if duration >= 0:
+                count = int(frames["num_frames"][number])
+                each = [form["time"].format(time) for time in frames["frame_times"][number, :count].tolist()]
+                sentence = form["sentence"].format(duration=duration, count=count, times=form["between"].join(each))
+            start += video_token + after + sentence + part[len(after) :]
+        said.append(start)
+    return said
 
 
 @lru_cache(maxsize=16)
@@ -88,4 +117,4 @@ def newest_words(messages: list[dict]) -> str:
     return ""
 
 
-__all__ = ["VIDEO_TOKEN", "blocks_of", "chat_template_with_videos", "newest_words", "turn_marks"]
+__all__ = ["VIDEO_TOKEN", "blocks_of", "chat_template_with_videos", "newest_words", "turn_marks", "with_times"]

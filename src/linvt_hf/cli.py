@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     wrap.add_argument("base", metavar="BASE", help="image-LLM: a Hub id or a folder")
     wrap.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     wrap.add_argument("--num-frames", type=int, default=32, help="frames read from each video by default (32)")
+    wrap.add_argument(
+        "--times-in-prompt",
+        choices=["duration", "frames"],
+        help="what prompts say of a video's times",
+    )
     wrap.add_argument("--fps", type=float, help="frames a second by default; then --num-frames is the most")
     wrap.add_argument("--video-token", help="token that stands for a video, if the base has no free one")
     wrap.add_argument(
@@ -154,6 +159,7 @@ def _wrap(args) -> None:
         args.base,
         video_token=args.video_token,
         num_frames=args.num_frames,
+        times_in_prompt=args.times_in_prompt,
         fps=args.fps,
         model_kwargs={"dtype": args.dtype},
         **settings,

@@ -4,7 +4,7 @@ import inspect
 import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
 
-from .chat_templates import VIDEO_TOKEN, blocks_of, newest_words, turn_marks
+from .chat_templates import VIDEO_TOKEN, blocks_of, newest_words, turn_marks, with_times
 from .frames_to_pixels import frames_to_pixels
 from .processing_blip3 import Blip3Processor
 from .processing_molmo import MolmoProcessor
@@ -48,6 +48,9 @@ class LinVTProcessor(ProcessorMixin):
         frame_inputs: what of its output, beside the pixels, the base's vision encoder needs.
         token_types: whether the base's attention depends on `token_type_ids`; a prompt without images is of type 0.
         answer_token_type: then the type of an answer that is learned.
+        times_in_prompt: what a prompt says of each video that has times: "duration", or "frames" for when each frame
+            is, too; None for nothing (ours). LinVT's tokens carry time as well; this says it in words.
+        time_forms: how it says that, for both: see `chat_templates.with_times`.
     """
 
     _auto_class = "AutoProcessor"
@@ -66,6 +69,8 @@ class LinVTProcessor(ProcessorMixin):
         frame_inputs: list[str] | None = None,
         token_types: bool = False,
         answer_token_type: int = 0,
+        times_in_prompt: Literal["duration", "frames"] | None = None,
+        time_forms: dict[str, dict[str, str]] | None = None,
     ):
         self.base_processor = base_processor
         self.video_token = video_token
@@ -79,6 +84,11 @@ class LinVTProcessor(ProcessorMixin):
         self.frame_inputs = list(frame_inputs or [])
         self.token_types = token_types
         self.answer_token_type = answer_token_type
+        self.time_forms = time_forms or {}
+        if times_in_prompt is not None and times_in_prompt not in self.time_forms:
+            known = ", ".join(map(repr, self.time_forms)) or "none: the processor has no time_forms"
+            raise ValueError(f"times_in_prompt is {times_in_prompt!r}; known are {known}.")
+        self.times_in_prompt = times_in_prompt
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(
@@ -135,11 +145,12 @@ class LinVTProcessor(ProcessorMixin):
         videos = self._flat_videos(videos, per_text if texts is not None else None)
 
         inputs = {}
+        frames = self._frames(self._read_all(videos, num_frames, fps, do_sample_frames, reading)) if videos else {}
         if texts is not None or images is not None:
-            expanded = texts and [t.replace(self.video_token, self.video_token * self.num_video_tokens) for t in texts]
-            inputs.update(self._text_and_images(expanded, images, kwargs))
+            inputs.update(self._text_and_images(texts and self.with_video_tokens(texts, frames), images, kwargs))
         if videos:
-            inputs.update(self._frames(self._read_all(videos, num_frames, fps, do_sample_frames, reading)))
+            frames.pop("video_durations", None)
+            inputs.update(frames)
             if questions is not False and (texts is not None or questions is not None):
                 inputs.update(self._questions(texts, questions, per_text, len(videos)))
         return BatchFeature(inputs)
@@ -209,6 +220,12 @@ class LinVTProcessor(ProcessorMixin):
             **settings,
         )
 
+    def with_video_tokens(self, texts: list[str], frames: dict[str, Tensor]) -> list[str]:
+        """Prompts with M tokens for each video, and what is said of its times; `frames` as `_frames` gives them."""
+        if self.times_in_prompt is not None and frames:
+            texts = with_times(texts, frames, self.video_token, self.time_forms[self.times_in_prompt])
+        return [text.replace(self.video_token, self.video_token * self.num_video_tokens) for text in texts]
+
     # ---- videos ----
 
     def _read_all(self, videos: list, num_frames, fps, sample: bool, reading: dict) -> list[Clip]:
@@ -255,7 +272,10 @@ class LinVTProcessor(ProcessorMixin):
         return flat
 
     def _frames(self, clips: list[Clip]) -> dict[str, Tensor]:
-        """Sampled frames to the base's pixels, all videos one after another."""
+        """
+        Sampled frames to the base's pixels, all videos one after another; and, for prompts that say it, how long each
+        video is (`video_durations`, which no model takes).
+        """
         outputs = []
         for clip in clips:
             output = frames_to_pixels(clip.frames, self.image_processor, self.frame_kwargs)
@@ -276,6 +296,8 @@ class LinVTProcessor(ProcessorMixin):
             evenly = [torch.arange(len(clip.frames), dtype=torch.float32) for clip in clips]
             times = [even if clip.times is None else clip.times for clip, even in zip(clips, evenly, strict=True)]
             inputs["frame_times"] = pad_sequence(times, batch_first=True)
+        known = [-1.0 if clip.times is None or clip.duration is None else clip.duration for clip in clips]
+        inputs["video_durations"] = torch.tensor(known)
         return inputs
 
     def collate(self, features: list[BatchFeature]) -> BatchFeature:

@@ -45,6 +45,7 @@ def wrap(
     num_frames: int | None = 32,
     fps: float | None = None,
     frame_kwargs: dict | None = None,
+    times_in_prompt: str | None = None,
     model_kwargs: dict | None = None,
     **settings,
 ) -> tuple[LinVTForConditionalGeneration, LinVTProcessor]:
@@ -59,6 +60,7 @@ def wrap(
         num_frames, fps: how videos are sampled by default.
         frame_kwargs: arguments of the base's image processor for frames, beside those LinVT sets for this base; for
             example a smaller `size`, for fewer visual tokens.
+        times_in_prompt: "duration" or "frames", for prompts that say so of each video (see `LinVTProcessor`).
         model_kwargs: for the base's `from_pretrained`, e.g. `{"dtype": "bfloat16", "device_map": "cuda"}`; `revision`
             is the processor's too, if that comes from the same place.
         settings: fields of `LinVTConfig`.
@@ -116,6 +118,11 @@ def wrap(
         frame_inputs=_frame_inputs(image_llm, model, image_processor),
         token_types="token_type_ids" in inspect.signature(model.forward).parameters,
         answer_token_type=image_llm.answer_token_type,
+        times_in_prompt=times_in_prompt,
+        time_forms={
+            name: {**form, "after": image_llm.video_prompt.partition("{video}")[2]}
+            for name, form in image_llm.time_forms.items()
+        },
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import BatchFeature
 from transformers.utils import logging
@@ -170,8 +171,11 @@ class ChatDataset(Dataset):
         videos = self._videos(conversation, messages)
         keep = self.features is not None and self.features.memory
         inputs = self._texts.get(sample) if keep else None
+        frames = {}
+        if videos and self.processor.times_in_prompt is not None:  # else only when the text was found to fit
+            frames = self._frames(videos)
         if inputs is None:
-            inputs, plain = self._text(conversation, messages)
+            inputs, plain = self._text(conversation, messages, frames)
             if keep and plain:
                 self._texts[sample] = inputs
         length = inputs["input_ids"].shape[1]
@@ -179,11 +183,15 @@ class ChatDataset(Dataset):
             raise SkippedSample(f"{length} tokens, max_length {self.max_length}")
         if not videos:
             return inputs if not keep else BatchFeature(dict(inputs))
-        if self.features is None:
-            return BatchFeature({**inputs, **read_frames(self.processor, videos)})
-        return BatchFeature({**inputs, **self.features.inputs(self.processor, videos)})
+        frames = frames or self._frames(videos)
+        return BatchFeature({**inputs, **{n: value for n, value in frames.items() if n != "video_durations"}})
 
-    def _text(self, conversation: Conversation, messages: list[dict]) -> tuple[BatchFeature, bool]:
+    def _frames(self, videos: list[VideoInput]) -> dict[str, Tensor]:
+        if self.features is None:
+            return read_frames(self.processor, videos)
+        return self.features.inputs(self.processor, videos)
+
+    def _text(self, conversation: Conversation, messages: list[dict], frames: dict) -> tuple[BatchFeature, bool]:
         """All that does not come from videos, and whether it holds no images either."""
         plain = True
         opened = []
@@ -195,7 +203,7 @@ class ChatDataset(Dataset):
                 blocks.append(block)
             opened.append({**message, "content": blocks})
         try:
-            return encode_text(self.processor, opened, turns=self.turns), plain
+            return encode_text(self.processor, opened, self.turns, frames), plain
         except ValueError as error:
             for image in _shown(messages, "image"):
                 check_image(self.processor, image)  # says so if that is the reason

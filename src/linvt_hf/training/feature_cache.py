@@ -261,6 +261,7 @@ def _encode(model: LinVTForConditionalGeneration, frames: BatchFeature) -> dict[
     kept = {f"{FRAME_PREFIX}{name}": value for name, value in inputs.items() if value.ndim <= 2}
     entry = {"frame_features": features, "num_frames": frames["num_frames"], **kept}
     entry["frames_num_tokens"] = torch.full((count,), features.shape[1])
+    entry["video_durations"] = frames["video_durations"]
     if "frame_times" in frames:
         entry["frame_times"] = frames["frame_times"][0]
     return {name: value.contiguous() for name, value in entry.items()}

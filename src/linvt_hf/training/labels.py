@@ -21,7 +21,9 @@ IGNORED = -100
 _PER_TOKEN = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
 
 
-def encode_text(processor: LinVTProcessor, messages: list[dict], turns: str = "each") -> BatchFeature:
+def encode_text(
+    processor: LinVTProcessor, messages: list[dict], turns: str = "each", frames: dict[str, Tensor] | None = None
+) -> BatchFeature:
     """
     One sample with labels, but for what comes from the frames of its videos.
 
@@ -30,6 +32,7 @@ def encode_text(processor: LinVTProcessor, messages: list[dict], turns: str = "e
         turns: "each" learns the last answer and conditions the videos on the newest question, as inference does with
             this prompt. "all" learns every answer of the conversation and conditions on all its questions, never on
             answers.
+        frames: of the videos, as the processor gives them, for prompts that say when they are.
 
     Returns what the processor gives for the prompt, with the answers appended and `labels`, [1, S].
 
@@ -38,14 +41,14 @@ def encode_text(processor: LinVTProcessor, messages: list[dict], turns: str = "e
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     prompt = messages[: answers[-1]]
     text = _render(processor, prompt, answer_next=True)
-    inputs = _tokens(processor, prompt, text)
+    inputs = _tokens(processor, prompt, text, frames)
     ids = inputs["input_ids"][0].tolist()
     labels = [IGNORED] * len(ids)
     first = len(ids)
     if turns == "all":
         for index in answers[:-1]:
             history = _render(processor, messages[:index], answer_next=True)
-            earlier = _tokens(processor, messages[:index], history)["input_ids"][0].tolist()
+            earlier = _tokens(processor, messages[:index], history, frames)["input_ids"][0].tolist()
             answer = _answer_ids(processor, messages[: index + 1], history, end=False)
             end = len(earlier) + len(answer)
             if ids[: len(earlier)] != earlier or ids[len(earlier) : end] != answer:
@@ -68,13 +71,13 @@ def encode_text(processor: LinVTProcessor, messages: list[dict], turns: str = "e
 # ---- the prompt, as inference has it ----
 
 
-def _tokens(processor: LinVTProcessor, messages: list[dict], text: str) -> BatchFeature:
+def _tokens(processor: LinVTProcessor, messages: list[dict], text: str, frames: dict | None) -> BatchFeature:
     """What `apply_chat_template(tokenize=True)` gives for a prompt whose text it is, but for frames and questions."""
     images = [block["image"] for message in messages for block in message["content"] if block["type"] == "image"]
     # As apply_chat_template does it: templates that write the first token themselves get no second one.
     bos = processor.tokenizer.bos_token
     special = {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
-    text = text.replace(processor.video_token, processor.video_token * processor.num_video_tokens)
+    (text,) = processor.with_video_tokens([text], frames or {})
     inputs = processor._text_and_images([text], [images] if images else None, {"return_tensors": "pt", **special})
     return BatchFeature(dict(inputs))
 
