@@ -3,13 +3,14 @@
 import itertools
 
 import numpy as np
+import PIL.Image
 import pytest
 
 av = pytest.importorskip("av", reason="reading video files needs PyAV")
 
 from video_files import frame_index, moving_square, write_video  # noqa: E402
 
-from linvt_hf.video_reading import read_video  # noqa: E402
+from linvt_hf.video_reading import read_video, video_info  # noqa: E402
 
 FRAMES = moving_square(6)
 ONE = 1 << 16
@@ -125,3 +126,34 @@ def test_sound_beside_it(tmp_path, name):
     clip = read_video(path, num_frames=None)
     assert [frame_index(frame) for frame in clip.frames] == list(range(6))
     assert clip.times.tolist() == pytest.approx([index / 8 for index in range(6)], abs=0.002)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.avi", "a.gif", "a.ts"])
+def test_what_a_file_is(tmp_path, name):
+    codec = {"webm": "libvpx-vp9", "gif": "gif", "avi": "mpeg4"}.get(name[2:], "libx264")
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec} encoder to write the file with")
+    path = write_video(tmp_path / name, moving_square(24), fps=8, codec=codec)
+    for source in (path, path.read_bytes()):
+        info = video_info(source)
+        assert (info.width, info.height, info.rotation, info.num_frames, info.problem) == (96, 64, 0, 24, None)
+        assert info.duration == pytest.approx(3, abs=0.02) and info.fps == pytest.approx(8, rel=0.01)
+        assert info.codec == {"libvpx-vp9": "vp9", "libx264": "h264"}.get(codec, codec)
+    with pytest.raises(ValueError, match="cannot be read as a video"):
+        video_info(b"nothing")
+
+
+def test_what_an_animated_webp_is(tmp_path):
+    first, *others = (PIL.Image.fromarray(frame) for frame in FRAMES)
+    first.save(tmp_path / "a.webp", save_all=True, append_images=others, duration=125, lossless=True)
+    info = video_info(tmp_path / "a.webp")
+    assert (info.num_frames, info.duration, info.fps, info.width, info.height) == (6, 0.75, 8.0, 96, 64)
+
+
+@needs("libx264")
+def test_what_a_turned_file_is(tmp_path):
+    path = write_video(tmp_path / "t.mp4", moving_square(6), codec="libx264", rotation=90)
+    info = video_info(path)
+    assert (info.width, info.height, info.rotation) == (64, 96, 90)
+    clip = read_video(path, num_frames=1)
+    assert clip.frames.shape[1:3] == (info.height, info.width)

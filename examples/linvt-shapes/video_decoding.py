@@ -87,6 +87,22 @@ class VideoFile:
                 f"{self.name} cannot be read: its pictures turn on the way, or are others each time it is decoded."
             ) from error
 
+    def index(self) -> VideoIndex:
+        """Which frames there are, with as little reading as tells; none is decoded where packets can be believed."""
+        for listed in (self._by_table, self._by_packets):
+            index = listed()
+            if index is not None and index.dated:
+                return index
+        with self.opened(self.threads) as (container, stream):
+            return list_frames(container, stream, self.deadline.check)
+
+    def turned(self) -> int:
+        """By how many degrees, counterclockwise, the first frame is turned before it is shown."""
+        with self.opened() as (container, stream):
+            for frame in container.decode(stream):
+                return round(frame.rotation) % 360
+        return 0
+
     def _chosen(self, choose: Callable[[VideoIndex], list[int]], index: VideoIndex) -> list[int]:
         picks = choose(index)
         check_count(self.name, len(picks), self.limits)

@@ -44,6 +44,64 @@ class Clip:
     total_frames: int
 
 
+@dataclass(frozen=True)
+class VideoInfo:
+    """
+    What a video file is, without its frames.
+
+    duration: seconds; fps: frames a second, on average; None where nobody knows.
+    width, height: of the frames as they are shown.
+    rotation: degrees, counterclockwise, by which the stored picture is turned before it is shown.
+    codec, format: as libav calls them.
+    num_frames: counted from the file's table of contents or its packets; by decoding only where these do not tell.
+    problem: what is wrong with the file, as far as that shows without decoding it.
+    """
+
+    duration: float | None
+    fps: float | None
+    width: int
+    height: int
+    rotation: int
+    codec: str
+    format: str
+    num_frames: int
+    problem: str | None
+
+
+def video_info(source: Any, *, limits: Limits | None = None) -> VideoInfo:
+    """
+    Of a path, URL, bytes or file object. Raises what `read_video` raises, and `ValueError` for pictures.
+    """
+    limits = limits or Limits()
+    located, name = locate(source, limits)
+    if isinstance(located, list):
+        raise ValueError(f"{name} is pictures, which have no times or codec; give a video file.")
+    try:
+        if _is_webp(opened := io.BytesIO(located) if isinstance(located, bytes) else located):
+            with PIL.Image.open(opened) as image:
+                ends = _webp_ends(image, Deadline(name, limits))
+                total, size = len(ends) - 1, image.size
+            fps = total / ends[-1] if ends[-1] else None
+            return VideoInfo(ends[-1] or None, fps, *size, 0, "webp", "webp", total, None)
+        file = VideoFile(located, name, limits=limits)
+        index, rotation = file.index(), file.turned()
+    finally:
+        if isinstance(getattr(located, "raw", None), HttpFile):
+            located.close()
+    width, height = (index.width, index.height) if rotation % 180 == 0 else (index.height, index.width)
+    return VideoInfo(
+        duration=index.duration,
+        fps=index.total / index.duration if index.duration else None,
+        width=width,
+        height=height,
+        rotation=rotation,
+        codec=index.codec,
+        format=index.format,
+        num_frames=index.total,
+        problem=index.problem,
+    )
+
+
 def read_video(
     source: Any,
     *,
@@ -208,17 +266,24 @@ def _is_webp(file: Any) -> bool:
         return False
 
 
+def _webp_ends(image: PIL.Image.Image, deadline: Deadline) -> list[float]:
+    """0, and at which second each frame ends."""
+    ends = [0.0]
+    for index in range(image.n_frames):
+        deadline.check()
+        image.seek(index)
+        image.load()  # only now is the frame's duration known
+        ends.append(ends[-1] + image.info.get("duration", 0) / 1000)
+    return ends
+
+
 def _read_webp(file: Any, name: str, sampling: Sampling, limits: Limits) -> Clip:
     """An animated WebP, which FFmpeg does not decode and Pillow does."""
-    ends, pixels, deadline = [0.0], [], Deadline(name, limits)
+    pixels, deadline = [], Deadline(name, limits)
     try:
         with PIL.Image.open(file) as image:
             check_size(name, *image.size, limits)
-            for index in range(image.n_frames):
-                deadline.check()
-                image.seek(index)
-                image.load()  # only now is the frame's duration known
-                ends.append(ends[-1] + image.info.get("duration", 0) / 1000)
+            ends = _webp_ends(image, deadline)
             picks = sampling.choose(name, len(ends) - 1, np.array(ends[:-1]), ends[-1])
             check_count(name, len(picks), limits)
             for index in picks:
