@@ -107,7 +107,7 @@ def least(path: str, frames: int, threads: int):
     from linvt_hf import video_decoding
 
     video = video_decoding.VideoFile(path, path, threads)
-    index = video._by_table() or video._by_packets()
+    index = video.by_table() or video.by_packets()
     picks = _evenly(index.total, frames)
     parts = video_decoding._share(video_decoding._stretches(index, picks), threads)
 

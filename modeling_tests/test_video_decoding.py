@@ -132,7 +132,7 @@ def test_every_way_to_sample(corpus, name):
         clip = read_video(path, **arguments)
         found = [int(np.argmin(abs(seconds - time))) for time in clip.times.tolist()]
         if way == "rate":  # the two nearest may be as near
-            assert all(abs(a - b) <= 1 for a, b in zip(found, expected, strict=False)), name
+            assert all(abs(a - b) <= 1 for a, b in zip(found, expected, strict=True)), name
             expected = found
         assert found == expected, way
         assert np.array_equal(clip.frames.numpy(), pixels[expected]), way

@@ -135,6 +135,12 @@ def test_redirects_between_pages(server, mp4):
     assert len(read_video(server(location="/there.mp4"), num_frames=3).frames) == 3
 
 
+def test_a_url_that_is_none_keeps_its_secret():
+    with pytest.raises(VideoReadError) as caught:
+        read_video("http://127.0.0.1:9/a clip.mp4?signature=secret")
+    assert str(caught.value).endswith("cannot be fetched: it is no valid URL.") and "secret" not in str(caught.value)
+
+
 def test_no_server_there():
     with pytest.raises(VideoReadError, match="cannot be fetched: .*refused"):
         read_video("http://127.0.0.1:9/clip.mp4")
@@ -161,6 +167,8 @@ def test_folders_and_globs(tmp_path):
         clip = read_video(source, num_frames=None)
         assert [frame_index(frame) for frame in clip.frames] == list(range(12)) and clip.times is None
         assert not has_times(source)
+    with pytest.raises(VideoReadError, match="12 frames are asked for, and limits.frames is 5"):
+        read_video(tmp_path, num_frames=None, limits=Limits(frames=5))
     with pytest.raises(ValueError, match=r"nothing\*.png' names no images"):
         read_video(str(tmp_path / "nothing*.png"))
 

@@ -10,7 +10,7 @@ av = pytest.importorskip("av", reason="reading video files needs PyAV")
 
 from video_files import frame_index, moving_square, write_video  # noqa: E402
 
-from linvt_hf.video_reading import read_video, video_info  # noqa: E402
+from linvt_hf.video_reading import VideoReadError, read_video, video_info  # noqa: E402
 
 FRAMES = moving_square(6)
 ONE = 1 << 16
@@ -148,6 +148,12 @@ def test_what_an_animated_webp_is(tmp_path):
     first.save(tmp_path / "a.webp", save_all=True, append_images=others, duration=125, lossless=True)
     info = video_info(tmp_path / "a.webp")
     assert (info.num_frames, info.duration, info.fps, info.width, info.height) == (6, 0.75, 8.0, 96, 64)
+    data = (tmp_path / "a.webp").read_bytes()
+    assert "cannot be decoded" in video_info(data[:-600]).problem  # Pillow takes it for none, and libav tries
+    at = data.rindex(b"VP8L") + 20  # within the last frame's picture, which is looked at only when it is shown
+    for read in (video_info, read_video):
+        with pytest.raises(VideoReadError, match="cannot be read as an animated image"):
+            read(data[:at] + b"\xff" * 40 + data[at + 40 :])
 
 
 @needs("libx264")

@@ -5,10 +5,11 @@ returns a `Clip`. This file and those it imports, `video_*.py`, stand alone, wit
 PyAV only to read a video file.
 """
 
+import contextlib
 import io
 import logging
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ import torch
 from .video_decoding import VideoFile, check_count, check_size
 from .video_index import VideoIndex, VideoReadError
 from .video_sampling import Sampling
-from .video_sources import IMAGE_SUFFIXES, Deadline, HttpFile, Limits, locate
+from .video_sources import IMAGE_SUFFIXES, Deadline, Limits, locate, located
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class VideoInfo:
     rotation: degrees, counterclockwise, by which the stored picture is turned before it is shown.
     codec, format: as libav calls them.
     num_frames: counted from the file's table of contents or its packets; by decoding only where these do not tell.
-    problem: what is wrong with the file, as far as that shows without decoding it.
+    problem: what is wrong with the file, as far as that shows without decoding more than its first frame.
     """
 
     duration: float | None
@@ -73,21 +74,16 @@ def video_info(source: Any, *, limits: Limits | None = None) -> VideoInfo:
     Of a path, URL, bytes or file object. Raises what `read_video` raises, and `ValueError` for pictures.
     """
     limits = limits or Limits()
-    located, name = locate(source, limits)
-    if isinstance(located, list):
-        raise ValueError(f"{name} is pictures, which have no times or codec; give a video file.")
-    try:
-        if _is_webp(opened := io.BytesIO(located) if isinstance(located, bytes) else located):
-            with PIL.Image.open(opened) as image:
-                ends = _webp_ends(image, Deadline(name, limits))
-                total, size = len(ends) - 1, image.size
-            fps = total / ends[-1] if ends[-1] else None
-            return VideoInfo(ends[-1] or None, fps, *size, 0, "webp", "webp", total, None)
-        file = VideoFile(located, name, limits=limits)
-        index, rotation = file.index(), file.turned()
-    finally:
-        if isinstance(getattr(located, "raw", None), HttpFile):
-            located.close()
+    with located(source, limits) as (file, name):
+        if isinstance(file, list):
+            raise ValueError(f"{name} is pictures, which have no times or codec; give a video file.")
+        if _is_webp(file):
+            with _opened_webp(file, name, limits) as (image, ends):
+                total, duration = len(ends) - 1, ends[-1] or None
+                return VideoInfo(duration, duration and total / duration, *image.size, 0, "webp", "webp", total, None)
+        video = VideoFile(file, name, limits=limits)
+        index = video.index()
+        rotation = video.turned(index)
     width, height = (index.width, index.height) if rotation % 180 == 0 else (index.height, index.width)
     return VideoInfo(
         duration=index.duration,
@@ -152,16 +148,12 @@ def read_video(
     if isinstance(source, list | tuple):
         return _read_images(source, sampling)
     limits = limits or Limits()
-    file, name = locate(source, limits)
-    try:
+    with located(source, limits) as (file, name):
         if isinstance(file, list):
-            return _read_images(file, sampling)
-        if _is_webp(opened := io.BytesIO(file) if isinstance(file, bytes) else file):
-            return _read_webp(opened, name, sampling, limits)
+            return _read_images(file, sampling, limits)
+        if _is_webp(file):
+            return _read_webp(file, name, sampling, limits)
         return _read_file(VideoFile(file, name, threads, limits), sampling, exact, on_error)
-    finally:
-        if isinstance(getattr(file, "raw", None), HttpFile):
-            file.close()
 
 
 def is_one_video(value: Any) -> bool:
@@ -204,12 +196,15 @@ def _read_array(video: np.ndarray | torch.Tensor, sampling: Sampling) -> Clip:
     return Clip(_to_tensor(video[picks]), None, None, len(video))
 
 
-def _read_images(images: Sequence[Any], sampling: Sampling) -> Clip:
+def _read_images(images: Sequence[Any], sampling: Sampling, limits: Limits | None = None) -> Clip:
     name = f"the given list of {len(images)}"
     if images and not is_one_video(images):
         raise ValueError(f"{name} holds items that are not images: read a list of videos one video at a time.")
     frames: list[torch.Tensor] = []
-    for index in sampling.choose(name, len(images), None, None):
+    picks = sampling.choose(name, len(images), None, None)
+    if limits is not None:  # of a folder or a glob: a caller's own list is in memory, or was written down
+        check_count(name, len(picks), limits)
+    for index in picks:
         frame = _load_image(images[index], f"image {index} of {name}")
         if frames and frame.shape != frames[0].shape:
             one, other = (f"{shape[1]}x{shape[0]}" for shape in (frames[0].shape, frame.shape))
@@ -260,35 +255,35 @@ def _read_file(file: VideoFile, sampling: Sampling, exact: bool, on_error: str) 
 
 def _is_webp(file: Any) -> bool:
     try:
-        with PIL.Image.open(file, formats=["WEBP"]):
+        with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=["WEBP"]):
             return True
     except BROKEN_IMAGE:  # also a URL
         return False
 
 
-def _webp_ends(image: PIL.Image.Image, deadline: Deadline) -> list[float]:
-    """0, and at which second each frame ends."""
-    ends = [0.0]
-    for index in range(image.n_frames):
-        deadline.check()
-        image.seek(index)
-        image.load()  # only now is the frame's duration known
-        ends.append(ends[-1] + image.info.get("duration", 0) / 1000)
-    return ends
+@contextlib.contextmanager
+def _opened_webp(file: Any, name: str, limits: Limits) -> Iterator[tuple[PIL.Image.Image, list[float]]]:
+    """An animated WebP, which FFmpeg does not decode and Pillow does; 0, and at which second each frame ends."""
+    ends, deadline = [0.0], Deadline(name, limits)
+    try:
+        with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            check_size(name, *image.size, limits)
+            for index in range(image.n_frames):
+                deadline.check()
+                image.seek(index)
+                image.load()  # only now is the frame's duration known
+                ends.append(ends[-1] + image.info.get("duration", 0) / 1000)
+            yield image, ends
+    except (OSError, EOFError) as error:
+        raise VideoReadError(f"{name} cannot be read as an animated image.") from error
 
 
 def _read_webp(file: Any, name: str, sampling: Sampling, limits: Limits) -> Clip:
-    """An animated WebP, which FFmpeg does not decode and Pillow does."""
-    pixels, deadline = [], Deadline(name, limits)
-    try:
-        with PIL.Image.open(file) as image:
-            check_size(name, *image.size, limits)
-            ends = _webp_ends(image, deadline)
-            picks = sampling.choose(name, len(ends) - 1, np.array(ends[:-1]), ends[-1])
-            check_count(name, len(picks), limits)
-            for index in picks:
-                image.seek(index)
-                pixels.append(_load_image(image, name))
-    except (OSError, EOFError) as error:
-        raise VideoReadError(f"{name} cannot be read as an animated image.") from error
+    pixels = []
+    with _opened_webp(file, name, limits) as (image, ends):
+        picks = sampling.choose(name, len(ends) - 1, np.array(ends[:-1]), ends[-1])
+        check_count(name, len(picks), limits)
+        for index in picks:
+            image.seek(index)
+            pixels.append(_load_image(image, name))
     return Clip(torch.stack(pixels), torch.tensor(ends)[picks], ends[-1] or None, len(ends) - 1)

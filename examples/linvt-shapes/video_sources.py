@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import contextlib
 import glob
 import http.client
 import io
@@ -11,6 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,17 @@ def locate(source: Any, limits: Limits) -> tuple[Any, str]:
     if file.seek(0, io.SEEK_END) == 0:
         raise VideoReadError(f"{name} is empty (0 bytes).")
     return file, name
+
+
+@contextlib.contextmanager
+def located(source: Any, limits: Limits) -> Iterator[tuple[Any, str]]:
+    """`locate`; what that opened, a server's file, is closed at the end."""
+    file, name = locate(source, limits)
+    try:
+        yield file, name
+    finally:
+        if isinstance(getattr(file, "raw", None), HttpFile):
+            file.close()
 
 
 def _locate_path(source: str | Path, limits: Limits) -> tuple[Any, str]:
@@ -203,9 +216,11 @@ class HttpFile(io.RawIOBase):
             raise VideoReadError(
                 f"{self.name} cannot be fetched: the server says {error.code} {error.reason}."
             ) from error
+        except VideoReadError as error:
+            raise VideoReadError(f"{self.name} cannot be fetched: {error}") from error
+        except http.client.InvalidURL as error:  # which would repeat the whole of it
+            raise VideoReadError(f"{self.name} cannot be fetched: it is no valid URL.") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if isinstance(error, VideoReadError):
-                raise VideoReadError(f"{self.name} cannot be fetched: {error}") from error
             raise VideoReadError(f"{self.name} cannot be fetched: {getattr(error, 'reason', error)}.") from error
 
     def _take(self, answer: http.client.HTTPResponse, count: int) -> bytes:
@@ -277,4 +292,4 @@ class HttpFile(io.RawIOBase):
         super().close()
 
 
-__all__ = ["Deadline", "HttpFile", "IMAGE_SUFFIXES", "Limits", "has_times", "images_of", "locate"]
+__all__ = ["Deadline", "HttpFile", "IMAGE_SUFFIXES", "Limits", "has_times", "images_of", "locate", "located"]

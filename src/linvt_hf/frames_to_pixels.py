@@ -199,8 +199,8 @@ def _each(
         lay_out: writes normalised pixels [3, h, w] into an array of `shape`.
     """
     scale, shift = (value.to(frames.device) for value in settings.scale_and_shift)
-    first = bytes_of(frames[:1])
-    out = torch.empty((len(frames), *(shape or first.shape[1:])), device=frames.device)
+    shape = shape or bytes_of(frames[:1]).shape[1:]  # before there are threads
+    out = torch.empty((len(frames), *shape), device=frames.device)
 
     def work(number: int) -> None:
         pixels = bytes_of(frames[number : number + 1])[0].contiguous()

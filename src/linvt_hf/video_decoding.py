@@ -70,51 +70,45 @@ class VideoFile:
 
     def read(self, choose: Callable[[VideoIndex], list[int]]) -> tuple[VideoIndex, list[int], np.ndarray]:
         """The index, what was chosen of it (ascending, each once), and those frames, uint8 [T, H, W, 3]."""
-        for listed in (self._by_table, self._by_packets):
-            index = listed()
-            if index is not None and index.dated:
-                picks = self._chosen(choose, index)
-                with contextlib.suppress(_Misled):
-                    return index, picks, self._decode(index, picks)
-        with self.opened(self.threads) as (container, stream):
-            index = list_frames(container, stream, self.deadline.check)
-        self.decoded += index.total
-        picks = self._chosen(choose, index)
-        try:
-            return index, picks, self._from_the_start(index, picks)
-        except _Misled as error:
-            raise VideoReadError(
-                f"{self.name} cannot be read: its pictures turn on the way, or are others each time it is decoded."
-            ) from error
+        for index in self._indices():
+            picks = choose(index)
+            check_count(self.name, len(picks), self.limits)
+            with contextlib.suppress(_Misled):
+                return index, picks, self._decode(index, picks)
+        raise VideoReadError(
+            f"{self.name} cannot be read: its pictures turn on the way, or are others each time it is decoded."
+        )
 
     def index(self) -> VideoIndex:
         """Which frames there are, with as little reading as tells; none is decoded where packets can be believed."""
-        for listed in (self._by_table, self._by_packets):
+        return next(self._indices())
+
+    def _indices(self) -> Iterator[VideoIndex]:
+        """What tells which frames there are, the quickest first; the last, by decoding all of them, cannot mislead."""
+        for listed in (self.by_table, self.by_packets):
             index = listed()
             if index is not None and index.dated:
-                return index
+                yield index
         with self.opened(self.threads) as (container, stream):
-            return list_frames(container, stream, self.deadline.check)
+            index = list_frames(container, stream, self.deadline.check)
+        self.decoded += index.total
+        yield index
 
-    def turned(self) -> int:
-        """By how many degrees, counterclockwise, the first frame is turned before it is shown."""
-        with self.opened() as (container, stream):
-            for frame in container.decode(stream):
-                return round(frame.rotation) % 360
-        return 0
-
-    def _chosen(self, choose: Callable[[VideoIndex], list[int]], index: VideoIndex) -> list[int]:
-        picks = choose(index)
-        check_count(self.name, len(picks), self.limits)
-        return picks
-
-    def _by_table(self) -> VideoIndex | None:
+    def by_table(self) -> VideoIndex | None:
+        """By an mp4 file's table of contents; None for other files."""
         with self.opened() as (container, stream):
             return list_table(container, stream, self.source)
 
-    def _by_packets(self) -> VideoIndex:
+    def by_packets(self) -> VideoIndex:
         with self.opened() as (container, stream):
             return list_packets(container, stream, self.deadline.check)
+
+    def turned(self, index: VideoIndex) -> int:
+        """By how many degrees, counterclockwise, the first frame is turned before it is shown; 0 if there is none."""
+        with self.opened() as (container, stream):
+            for frame in index.decode(container, stream, self.deadline.check):
+                return round(frame.rotation) % 360
+        return 0
 
     def _decode(self, index: VideoIndex, picks: list[int]) -> np.ndarray:
         stretches = _stretches(index, picks)

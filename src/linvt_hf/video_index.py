@@ -14,18 +14,8 @@ _MP4 = "mov,mp4,m4a,3gp,3g2,mj2"
 _DATED = (_MP4, "matroska,webm", "mpegts", "flv")
 # Codecs of which a key frame, and all that is shown after it, is decoded without anything before it.
 _SEEKABLE = (
-    "h264",
-    "hevc",
-    "vp8",
-    "vp9",
-    "av1",
-    "mpeg4",
-    "mpeg2video",
-    "mpeg1video",
-    "prores",
-    "mjpeg",
-    "ffv1",
-    "dnxhd",
+    *("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mpeg1video"),
+    *("prores", "mjpeg", "ffv1", "dnxhd"),
 )
 # Codecs whose decoder can leave out frames that no other refers to, without changing the rest.
 _SKIPPING = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
