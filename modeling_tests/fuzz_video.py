@@ -42,13 +42,12 @@ MEMORY = 400  # MB that a process may grow by, over all its files; libraries kee
 
 
 def originals(folder: Path) -> list[bytes]:
-    import av
-    from video_files import moving_square, write_video
+    from video_files import has_encoder, moving_square, write_video
 
     frames = moving_square(20, 48, 64)
     found = []
     for name, (codec, options) in CODECS.items():
-        if codec in av.codecs_available:
+        if has_encoder(codec):
             found.append(write_video(folder / name, frames, codec=codec, **options).read_bytes())
     import PIL.Image
 

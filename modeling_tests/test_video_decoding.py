@@ -7,7 +7,7 @@ import pytest
 
 av = pytest.importorskip("av", reason="reading video files needs PyAV")
 
-from video_files import moving_square, write_video  # noqa: E402
+from video_files import moving_square, need_encoder, write_video  # noqa: E402
 
 from linvt_hf import video_decoding  # noqa: E402
 from linvt_hf.video_decoding import VideoFile  # noqa: E402
@@ -81,8 +81,7 @@ def corpus(tmp_path_factory):
     def whole(name):
         if name not in known:
             codec, options, _ = CORPUS[name]
-            if codec not in av.codecs_available:
-                pytest.skip(f"this PyAV has no {codec} encoder to write the file with")
+            need_encoder(codec)
             path = write_video(folder / name, FRAMES, codec=codec, **options)
             with av.open(str(path)) as container:
                 frames = list(container.decode(video=0))

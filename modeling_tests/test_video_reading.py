@@ -14,7 +14,7 @@ import torch
 
 av = pytest.importorskip("av", reason="the tests write and read video files with PyAV, which is not installed")
 
-from video_files import frame_index, moving_square, write_audio, write_video  # noqa: E402
+from video_files import frame_index, has_encoder, moving_square, need_encoder, write_audio, write_video  # noqa: E402
 
 import linvt_hf.video_reading as video_reading  # noqa: E402
 from linvt_hf import video_decoding  # noqa: E402
@@ -28,14 +28,6 @@ needs_rotation = pytest.mark.skipif(
     not hasattr(av.video.stream.VideoStream, "set_display_matrix"),
     reason="this PyAV cannot write rotation metadata (18 can)",
 )
-
-
-def has_encoder(codec):
-    try:
-        av.codec.Codec(codec, "w")
-    except ValueError:
-        return False
-    return True
 
 
 H264 = "libx264" if has_encoder("libx264") else "mpeg4"
@@ -123,8 +115,7 @@ def test_bad_fps(mp4, bad):
     ],
 )
 def test_exact_frames(tmp_path, scans, name, codec, options):
-    if not has_encoder(codec):
-        pytest.skip(f"this PyAV has no {codec} encoder to write the file with")
+    need_encoder(codec)
     path = write_video(tmp_path / name, FRAMES, codec=codec, **options)
     fps = options.get("fps", 8)
     whole = decode_all(path)
@@ -142,8 +133,7 @@ def test_exact_frames(tmp_path, scans, name, codec, options):
 
 @pytest.mark.parametrize("name, codec", [("a.mkv", H264), ("a.webm", "libvpx-vp9")])
 def test_headers_without_a_count(tmp_path, name, codec):
-    if not has_encoder(codec):
-        pytest.skip(f"this PyAV has no {codec} encoder to write the file with")
+    need_encoder(codec)
     path = write_video(tmp_path / name, FRAMES, codec=codec)
     with av.open(str(path)) as container:
         assert container.streams.video[0].frames == 0

@@ -8,7 +8,7 @@ import pytest
 
 av = pytest.importorskip("av", reason="reading video files needs PyAV")
 
-from video_files import frame_index, moving_square, write_video  # noqa: E402
+from video_files import frame_index, has_encoder, moving_square, need_encoder, write_video  # noqa: E402
 
 from linvt_hf.video_reading import VideoReadError, read_video, video_info  # noqa: E402
 
@@ -17,7 +17,7 @@ ONE = 1 << 16
 
 
 def needs(codec):
-    return pytest.mark.skipif(codec not in av.codecs_available, reason=f"this PyAV has no {codec} encoder")
+    return pytest.mark.skipif(not has_encoder(codec), reason=f"this PyAV has no {codec} encoder")
 
 
 @needs("libx264")
@@ -54,8 +54,7 @@ def test_every_way_to_turn_and_mirror(tmp_path, turned, one, other):
     ],
 )
 def test_odd_sizes(tmp_path, name, codec, pix_fmt):
-    if codec not in av.codecs_available:
-        pytest.skip(f"this PyAV has no {codec} encoder to write the file with")
+    need_encoder(codec)
     frames = moving_square(5, 67, 101)
     clip = read_video(write_video(tmp_path / name, frames, codec=codec, pix_fmt=pix_fmt), num_frames=None)
     assert clip.frames.shape == (5, 67, 101, 3)
@@ -131,8 +130,7 @@ def test_sound_beside_it(tmp_path, name):
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.avi", "a.gif", "a.ts"])
 def test_what_a_file_is(tmp_path, name):
     codec = {"webm": "libvpx-vp9", "gif": "gif", "avi": "mpeg4"}.get(name[2:], "libx264")
-    if codec not in av.codecs_available:
-        pytest.skip(f"this PyAV has no {codec} encoder to write the file with")
+    need_encoder(codec)
     path = write_video(tmp_path / name, moving_square(24), fps=8, codec=codec)
     for source in (path, path.read_bytes()):
         info = video_info(source)

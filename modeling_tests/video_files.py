@@ -22,6 +22,25 @@ PIXELS = {"gif": "rgb8", "ffv1": "bgr0", "png": "rgb24", "mjpeg": "yuvj420p"}
 INDEX_BITS = 8
 
 
+def has_encoder(codec: str) -> bool:
+    """Whether the installed PyAV can write it."""
+    import av
+
+    try:
+        av.codec.Codec(codec, "w")
+    except ValueError:
+        return False
+    return True
+
+
+def need_encoder(codec: str) -> None:
+    """Skips a test of a file that cannot be written here."""
+    import pytest
+
+    if not has_encoder(codec):
+        pytest.skip(f"this PyAV has no {codec} encoder to write the file with")
+
+
 def moving_square(num_frames: int = 24, height: int = 64, width: int = 96, seed: int = 0) -> np.ndarray:
     """uint8 [T, H, W, 3]: a square crossing a background coloured by `seed`, above a strip that spells the index.
 
