@@ -87,7 +87,7 @@ def write(folder, name, *records):
 def encode_conversation(processor, messages, turns="each"):
     """The sample that a conversation in memory makes."""
     videos = [block["video"] for turn in messages for block in turn["content"] if block["type"] == "video"]
-    frames = processor._frames([processor._read(one, None, None, True) for one in videos]) if videos else {}
+    frames = processor._frames([processor._read(one) for one in videos]) if videos else {}
     frames.pop("video_durations", None)  # which no model takes
     return {**encode_text(processor, messages, turns), **frames}
 

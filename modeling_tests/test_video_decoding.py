@@ -7,7 +7,7 @@ import pytest
 
 av = pytest.importorskip("av", reason="reading video files needs PyAV")
 
-from video_files import moving_square, need_encoder, write_video  # noqa: E402
+from video_files import moving_square, need_encoder, relisted, write_video  # noqa: E402
 
 from linvt_hf import video_decoding  # noqa: E402
 from linvt_hf.video_decoding import VideoFile  # noqa: E402
@@ -182,16 +182,16 @@ def test_nearest_key_frames(corpus):
 def test_frames_that_are_not_what_the_packets_said(corpus, monkeypatch):
     """Then the whole file is decoded, from its start, and that is what counts."""
     path, pixels, _ = corpus("closed.mkv")
-    listed = video_decoding.list_packets
+    listed, listed_by_frames, used = video_decoding.list_packets, video_decoding.list_frames, []
 
     def shifted(*arguments):
         index = listed(*arguments)
-        index.pts = index.pts + 1
-        return index
+        return relisted(index, index.pts + 1)
 
     monkeypatch.setattr(video_decoding, "list_packets", shifted)
+    monkeypatch.setattr(video_decoding, "list_frames", lambda *a: (used.append(1), listed_by_frames(*a))[1])
     clip = read_video(path, indices=[60, 61])
-    assert np.array_equal(clip.frames.numpy(), pixels[[60, 61]])
+    assert np.array_equal(clip.frames.numpy(), pixels[[60, 61]]) and used == [1]
 
 
 @pytest.mark.parametrize("name", [name for name in CORPUS if name.endswith(("mp4", "mov"))])

@@ -41,6 +41,14 @@ def need_encoder(codec: str) -> None:
         pytest.skip(f"this PyAV has no {codec} encoder to write the file with")
 
 
+def relisted(index: Any, pts: np.ndarray) -> Any:
+    """A `VideoIndex` that lists other times for its packets, in the same order, than the file has."""
+    index.pts = pts
+    for learned in ("_ascending", "_ascending_packets"):  # from the times before
+        index.__dict__.pop(learned, None)
+    return index
+
+
 def moving_square(num_frames: int = 24, height: int = 64, width: int = 96, seed: int = 0) -> np.ndarray:
     """uint8 [T, H, W, 3]: a square crossing a background coloured by `seed`, above a strip that spells the index.
 

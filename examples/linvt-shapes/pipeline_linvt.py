@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from transformers import BatchFeature, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
+from .chat_templates import videos_of, with_videos
 from .video_reading import is_one_video
 
 _STAY = ("pixel_values_videos", "num_frames")
@@ -41,12 +42,23 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     MAX_NEW_TOKENS = 256  # ours; for models whose generation config sets no limit
 
     def _sanitize_parameters(
-        self, num_frames=None, fps=None, questions=None, choices=None, skip_special_tokens=None, **generate_kwargs
+        self,
+        num_frames=None,
+        fps=None,
+        questions=None,
+        choices=None,
+        progress=None,
+        skip_special_tokens=None,
+        **generate_kwargs,
     ):
-        preprocess = {"num_frames": num_frames, "fps": fps, "questions": questions, "choices": choices}
-        preprocess = {name: value for name, value in preprocess.items() if value is not None}
+        reading = {"num_frames": num_frames, "fps": fps, "questions": questions}
+        reading = {name: value for name, value in reading.items() if value is not None}
+        preprocess = reading if choices is None else {"choices": choices, **reading}
+        forward = {**reading, **generate_kwargs}
+        if progress is not None:
+            forward["progress"] = progress
         postprocess = {} if skip_special_tokens is None else {"skip_special_tokens": skip_special_tokens}
-        return preprocess, generate_kwargs, postprocess
+        return preprocess, forward, postprocess
 
     def __call__(self, inputs=None, question=None, *, video=None, **kwargs):
         """
@@ -58,6 +70,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             choices: options to choose from.
             questions: False for answers to prompts without words, whose videos are then condensed without a question.
             batch_size: inputs that go through the model together.
+            progress: a function that is told, now and then, how many frames are encoded, and of how many.
             kwargs: for `generate`, such as `max_new_tokens` or a `streamer`.
         """
         if video is None and question is not None:
@@ -79,7 +92,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
 
     # ---- one input ----
 
-    def preprocess(self, inputs, choices=None, **sampling):
+    def preprocess(self, inputs, choices=None, **reading):
         if isinstance(inputs, dict) and "video" in inputs:
             if "question" not in inputs:
                 raise ValueError("An input has a video but no question.")
@@ -88,21 +101,13 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             messages = [{"role": "user", "content": content}]
         else:  # the base class makes a Chat of what looks like one
             messages = getattr(inputs, "messages", inputs)
-        features = self.processor.apply_chat_template(
-            messages,
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs=sampling,
-        )
-        return {"features": features, "choices": [choices]}
+        if get_worker_info() is None:
+            return {"messages": messages, "choices": [choices]}
+        # In a process of its own a video is read whole, to be sent to this one.
+        return {"features": self._features(messages, **reading), "choices": [choices]}
 
     def collate(self, items: list[dict]) -> dict:
-        choices = [choices for item in items for choices in item["choices"]]
-        if any(choices):  # an input's options are a batch of their own
-            return {"features": [item["features"] for item in items], "choices": choices}
-        return {"features": self.processor.collate([item["features"] for item in items]), "choices": choices}
+        return {"items": items, "choices": [choices for item in items for choices in item["choices"]]}
 
     def get_iterator(
         self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
@@ -130,22 +135,46 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             return BatchFeature({**super()._ensure_tensor_on_device(moved, device), **stay})
         return super()._ensure_tensor_on_device(inputs, device)
 
-    def _forward(self, model_inputs, **generate_kwargs) -> list:
+    def _forward(
+        self, model_inputs, num_frames=None, fps=None, questions=None, progress=None, **generate_kwargs
+    ) -> list:
         """For each input of the batch: the new tokens [R, L] of its R sequences, or its scored choices."""
-        features, choices = model_inputs["features"], model_inputs["choices"]
-        if any(choices):
+        items, choices = model_inputs.get("items", [model_inputs]), model_inputs["choices"]
+        # The videos of all inputs are encoded together, while they are read.
+        videos = [video for item in items for video in videos_of(item.get("messages", ()))]
+        streams = self.processor.streams(
+            videos, num_frames=num_frames, fps=fps, chunk_size=self.model.config.frames_per_chunk
+        )
+        encoded = iter(self.model.encode_videos(streams, progress))
+        samples = []
+        for item in items:
+            sample = item.get("features")
+            if sample is None:
+                sample = self._features(with_videos(item["messages"], encoded), questions=questions)
+            samples.append(self._ensure_tensor_on_device(sample, self.device))
+        if any(choices):  # an input's options are a batch of their own
             if not all(choices):
                 raise ValueError("In one batch some inputs have choices and some have none; ask them separately.")
-            samples = features if isinstance(features, list) else [features]
             return [
                 self._score_choices(dict(sample), options) for sample, options in zip(samples, choices, strict=True)
             ]
         limited = {"max_new_tokens", "max_length", "generation_config"} & generate_kwargs.keys()
         if not limited and self.model.generation_config.max_new_tokens is None:
             generate_kwargs["max_new_tokens"] = self.MAX_NEW_TOKENS
+        features = self.processor.collate(samples)
         sequences = self.model.generate(**features, **generate_kwargs)
         sequences = getattr(sequences, "sequences", sequences)[:, features["input_ids"].shape[1] :]
         return list(sequences.unflatten(0, (len(choices), -1)))
+
+    def _features(self, messages: list[dict], **processor_kwargs) -> BatchFeature:
+        return self.processor.apply_chat_template(
+            messages,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={name: value for name, value in processor_kwargs.items() if value is not None},
+        )
 
     def _score_choices(self, features: dict, options: list[str]) -> list[dict]:
         """The options of one input, best first. Its videos are encoded once; its options run as one batch."""

@@ -12,6 +12,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_linvt import LinVTConfig
 from .conversion import wrap
+from .encoded_video import EncodedVideo
 from .modeling_linvt import LinVTForConditionalGeneration
 from .pipeline_linvt import VideoQuestionAnsweringPipeline
 from .processing_linvt import LinVTProcessor
@@ -32,6 +33,7 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 
 __all__ = [
+    "EncodedVideo",
     "LinVTConfig",
     "LinVTForConditionalGeneration",
     "LinVTProcessor",

@@ -2,7 +2,9 @@
 
 import os
 import re
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -106,6 +108,29 @@ def blocks_of(message: dict, kind: str) -> list[dict]:
     return [] if not content or isinstance(content, str) else [block for block in content if block["type"] == kind]
 
 
+def videos_of(messages: list[dict]) -> list[Any]:
+    """The videos of messages, in order. Raises `ValueError` for a block that should hold one."""
+    videos = []
+    for block in (block for message in messages for block in blocks_of(message, "video")):
+        given = [block[name] for name in ("video", "url", "path") if block.get(name) is not None]
+        if not given:
+            raise ValueError(f"A block of type 'video' holds {', '.join(sorted(block))}; give it a 'video'.")
+        videos.append(given[0])
+    return videos
+
+
+def with_videos(messages: list[dict], videos: Iterator[Any]) -> list[dict]:
+    """The messages with the next ones of `videos` instead of theirs."""
+
+    def of_block(block: dict) -> dict:
+        return {"type": "video", "video": next(videos)} if block["type"] == "video" else block
+
+    def of_content(content):
+        return content if not content or isinstance(content, str) else [of_block(block) for block in content]
+
+    return [{**message, "content": of_content(message.get("content"))} for message in messages]
+
+
 def newest_words(messages: list[dict]) -> str:
     """What the user said last: the text of the newest user turn that has any."""
     for message in reversed(messages):
@@ -117,4 +142,13 @@ def newest_words(messages: list[dict]) -> str:
     return ""
 
 
-__all__ = ["VIDEO_TOKEN", "blocks_of", "chat_template_with_videos", "newest_words", "turn_marks", "with_times"]
+__all__ = [
+    "VIDEO_TOKEN",
+    "blocks_of",
+    "chat_template_with_videos",
+    "newest_words",
+    "turn_marks",
+    "videos_of",
+    "with_times",
+    "with_videos",
+]

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 TRAINING = Path(__file__).parent / "training"
@@ -190,8 +191,11 @@ def _ask(args) -> None:
     pipeline = _load(args)
     sampling = {"num_frames": args.num_frames, "fps": args.fps}
     _say(f"reading {args.video}")
+    progress = _progress()
     if args.choices:
-        answers = pipeline(video=args.video, question=args.question, choices=args.choices, **sampling)
+        answers = pipeline(
+            video=args.video, question=args.question, choices=args.choices, progress=progress, **sampling
+        )
         text = "\n".join(f"{100 * answer['score']:5.1f} %  {answer['answer']}" for answer in answers)
     else:
         from transformers import TextStreamer
@@ -202,6 +206,7 @@ def _ask(args) -> None:
             question=args.question,
             max_new_tokens=args.max_new_tokens,
             streamer=streamer,
+            progress=progress,
             **sampling,
         )
         text = None  # the streamer has printed it
@@ -210,6 +215,21 @@ def _ask(args) -> None:
         text = json.dumps({"video": args.video, "question": args.question, **result}, ensure_ascii=False)
     if text is not None:
         print(text)
+
+
+def _progress() -> Callable[[int, int], None]:
+    """A bar on a terminal, for videos that take longer than two seconds."""
+    from tqdm import tqdm  # comes with transformers
+
+    bar = tqdm(unit=" frames", delay=2, disable=None, leave=False)
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return show
 
 
 def _load(args):

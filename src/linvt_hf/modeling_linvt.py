@@ -2,12 +2,10 @@
 
 import inspect
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
@@ -15,9 +13,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_linvt import LinVTConfig
+from .encoded_video import EncodedVideo
 from .hub_folder import HubFolderMixin
-from .image_llm import build_image_llm, features_per_frame, image_llm_of
+from .image_llm import build_image_llm, image_llm_of
 from .model_card import UNTRAINED
+from .modeling_videos import FRAME_PREFIX, VideoFeatures, VideoMixin
 from .video_tokenizer import LinearVideoTokenizer, LinVTPreTrainedModel
 
 if TYPE_CHECKING:
@@ -27,25 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-FRAMES_INPUTS = ("pixel_values_videos", "frame_features")  # a video's frames, in one form or the other
-VIDEO_INPUTS = (*FRAMES_INPUTS, "num_frames", "frame_times", "question_ids", "question_mask")
-FRAME_PREFIX = "frames_"  # what the base's image processor gave beside the pixels of the frames
 
-
-@dataclass
-class VideoFeatures(ModelOutput):
-    """
-    pooler_output: [V, M, D], the tokens of each video.
-    weights: for each video W, [M, T, N], whose rows weigh its frames' own tokens; only when asked for.
-    scores: for each video [T, N], the significance of its tokens as logits.
-    """
-
-    pooler_output: Tensor | None = None
-    weights: list[Tensor] | None = None
-    scores: list[Tensor] | None = None
-
-
-class LinVTForConditionalGeneration(HubFolderMixin, LinVTPreTrainedModel, GenerationMixin):
+class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedModel, GenerationMixin):
     """
     An image-LLM wrapped with LinVT: texts, images and videos in any mix, text out.
 
@@ -117,90 +100,7 @@ class LinVTForConditionalGeneration(HubFolderMixin, LinVTPreTrainedModel, Genera
         """The base's visual tokens for still images; its own arguments and output."""
         return self.base.get_image_features(*args, **kwargs)
 
-    # ---- videos ----
-
-    @can_return_tuple
-    def get_video_features(
-        self,
-        pixel_values_videos: Tensor | None = None,
-        num_frames: Tensor | list[int] | None = None,
-        frame_times: Tensor | None = None,
-        question_ids: Tensor | None = None,
-        question_mask: Tensor | None = None,
-        output_weights: bool = False,
-        frame_features: Tensor | None = None,
-        **frame_inputs: Tensor,
-    ) -> VideoFeatures:
-        """
-        The tokens of some videos, each conditioned on its question.
-
-        Args:
-            pixel_values_videos: the frames of all videos one after another, as the processor gives them.
-            num_frames: [V], frames of each video.
-            frame_times: [V, max T], seconds of each frame; padding is ignored.
-            question_ids, question_mask: [V, L], each video's question as token ids, and True (or 1) for real words.
-                Without them the tokens depend on the video alone.
-            output_weights: also return W.
-            frame_features: [sum of T, N, D], the frames' visual tokens if they are already there, as
-                `image_llm.encode_frames` gave them; instead of `pixel_values_videos`. Where frames differ in N, N is
-                the largest and `frames_num_tokens`, [sum of T], says how many of a frame's rows are real.
-            frame_inputs: `frames_<name>` for each further input of the base's vision encoder, one entry a frame.
-        """
-        if (pixel_values_videos is None) == (frame_features is None):
-            both = "neither was given" if frame_features is None else "both were given"
-            raise ValueError(f"A video's frames are pixel_values_videos or frame_features, and {both}; give one.")
-        counts = num_frames.tolist() if isinstance(num_frames, Tensor) else list(num_frames or [])
-        if not counts or min(counts) < 1:
-            raise ValueError(f"num_frames must hold a positive count for each video; got {counts}.")
-        if question_ids is not None and len(question_ids) != len(counts):
-            raise ValueError(f"{len(counts)} videos, but {len(question_ids)} rows of question_ids; give one a video.")
-        inputs = {name.removeprefix(FRAME_PREFIX): value for name, value in frame_inputs.items()}
-        num_tokens = inputs.pop("num_tokens", None)
-        if frame_features is not None:
-            videos = _split_features(frame_features.to(self.base.device), counts, num_tokens)
-        else:
-            tokens = self.image_llm.encode_frames(
-                self.base, pixel_values_videos, inputs, sum(counts), self.config.frames_per_chunk
-            )
-            videos = features_per_frame(tokens, counts)  # V tensors [T, N, D]
-            del tokens  # they were copied, and are the largest thing here
-        starts = [sum(counts[:index]) for index in range(len(counts))]
-        grids = [self.image_llm.grid(v.shape[1], inputs, start) for v, start in zip(videos, starts, strict=True)]
-        text = None if question_ids is None else self.get_input_embeddings()(question_ids.to(self.base.device))
-
-        rows: list[tuple] = [()] * len(videos)
-        # Videos whose frames have the same shape make one batch. Their lengths lie between two powers of two, so that
-        # no video is padded to more than twice its length.
-        alike = [(grid, (count - 1).bit_length()) for grid, count in zip(grids, counts, strict=True)]
-        for kind in dict.fromkeys(alike):
-            members = [index for index, other in enumerate(alike) if other == kind]
-            grid = kind[0]
-            lengths = [counts[index] for index in members]
-            device = videos[members[0]].device
-            chosen = torch.tensor(members, device=device)
-            out = self.video_tokenizer(
-                _batch([videos[index] for index in members]),  # [B, T, N, D]
-                frame_mask=None if len(set(lengths)) == 1 else _mask(lengths, device),
-                frame_times=None if frame_times is None else frame_times.to(device)[chosen, : max(lengths)],
-                text_embeds=None if text is None else text.to(device)[chosen],
-                text_mask=None if text is None or question_mask is None else question_mask.to(device)[chosen],
-                output_weights=output_weights,
-                grid=grid,
-            )
-            for row, (index, length) in enumerate(zip(members, lengths, strict=True)):
-                weights = None
-                if output_weights:
-                    weights = out.weights[row].unflatten(-1, (-1, videos[index].shape[1]))[:, :length]
-                rows[index] = (out.video_tokens[row], weights, out.scores[row, :length])
-        video_tokens, weights, scores = zip(*rows, strict=True)
-        return VideoFeatures(torch.stack(video_tokens), list(weights) if output_weights else None, list(scores))
-
-    @staticmethod
-    def take_video_inputs(inputs: dict) -> dict:
-        """Takes what `get_video_features` needs out of a model's inputs; nothing if they hold no video."""
-        names = [name for name in inputs if name in VIDEO_INPUTS or name.startswith(FRAME_PREFIX)]
-        videos = {name: inputs.pop(name) for name in names}
-        return videos if any(videos.get(name) is not None for name in FRAMES_INPUTS) else {}
+    # ---- videos among the words ----
 
     def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Where the videos' tokens go, [B, S]; without ids, as in transformers, a placeholder's embedding tells."""
@@ -259,6 +159,7 @@ class LinVTForConditionalGeneration(HubFolderMixin, LinVTPreTrainedModel, Genera
         frames_image_sizes: Tensor | None = None,
         frames_image_masks: Tensor | None = None,
         frame_features: Tensor | None = None,
+        encoded_videos: list[EncodedVideo] | None = None,
         frames_num_tokens: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModelOutput:
@@ -267,8 +168,8 @@ class LinVTForConditionalGeneration(HubFolderMixin, LinVTPreTrainedModel, Genera
 
         Args:
             input_ids: [B, S]; each video holds M places of `config.video_token_id`, in the order of the videos.
-            pixel_values_videos or frame_features, num_frames, frame_times, question_ids, question_mask: see
-                `get_video_features`.
+            pixel_values_videos (or frame_features, or encoded_videos), num_frames, frame_times, question_ids,
+                question_mask: see `get_video_features`.
             video_embeds: [V, M, D], the videos' tokens, if they are already there.
             frames_*: what the base's vision encoder needs beside the pixels of a video's frames.
             pixel_values and the others, kwargs: the base's own inputs for images, and any other it takes.
@@ -293,7 +194,8 @@ class LinVTForConditionalGeneration(HubFolderMixin, LinVTPreTrainedModel, Genera
         }
         kwargs.update({name: value for name, value in named.items() if value is not None})
         frame_inputs = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(FRAME_PREFIX)}
-        if video_embeds is None and (pixel_values_videos is not None or frame_features is not None):
+        forms = (pixel_values_videos, frame_features, encoded_videos)
+        if video_embeds is None and any(form is not None for form in forms):
             video_embeds = self.get_video_features(
                 pixel_values_videos,
                 num_frames,
@@ -301,6 +203,7 @@ class LinVTForConditionalGeneration(HubFolderMixin, LinVTPreTrainedModel, Genera
                 question_ids,
                 question_mask,
                 frame_features=frame_features,
+                encoded_videos=encoded_videos,
                 **frame_inputs,
             ).pooler_output
         if video_embeds is not None:
@@ -415,30 +318,6 @@ class LinVTForConditionalGeneration(HubFolderMixin, LinVTPreTrainedModel, Genera
     def _validate_model_kwargs(self, model_kwargs):
         known = inspect.signature(self.base.forward).parameters
         super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in known})
-
-
-def _split_features(features: Tensor, counts: list[int], num_tokens: Tensor | None) -> list[Tensor]:
-    """Frames' tokens [sum of T, N, D] as one tensor [T, N, D] a video, each without its padding."""
-    if len(features) != sum(counts):
-        raise ValueError(
-            f"frame_features holds {len(features)} frames, but num_frames asks for {sum(counts)}; give one entry a "
-            "frame."
-        )
-    videos = features.split(counts)
-    if num_tokens is None:
-        return list(videos)
-    firsts = [sum(counts[:index]) for index in range(len(counts))]
-    return [video[:, :real] for video, real in zip(videos, num_tokens[firsts].tolist(), strict=True)]
-
-
-def _batch(videos: list[Tensor]) -> Tensor:
-    """Videos [T, N, D] as one tensor [B, max T, N, D]; without a copy if there is only one."""
-    return videos[0][None] if len(videos) == 1 else pad_sequence(videos, batch_first=True)
-
-
-def _mask(lengths: list[int], device: torch.device) -> Tensor:
-    """[B, max T], True for the first `lengths[b]` frames."""
-    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
 
 
 __all__ = ["LinVTForConditionalGeneration", "VideoFeatures"]

@@ -2,35 +2,28 @@
 
 import inspect
 import re
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 import transformers
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
 
 from .chat_templates import VIDEO_TOKEN, blocks_of, newest_words, turn_marks, with_times
-from .frames_to_pixels import frames_to_pixels
 from .processing_blip3 import Blip3Processor
 from .processing_molmo import MolmoProcessor
-from .video_reading import Clip, is_one_video, read_video
-from .video_sources import has_times
+from .processing_videos import VideoProcessing, cat_padded
 
 OWN_PROCESSORS = {processor.__name__: processor for processor in (Blip3Processor, MolmoProcessor)}
 
-# What of `read_video`'s arguments a call may set, beside the processor's own.
-_READING = {"indices", "times", "start", "end", "exact", "on_error", "threads", "limits"}
 # How each text input is padded in a batch; input_ids by the tokenizer's own padding token.
 _TEXT_PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
 
 
-class LinVTProcessor(ProcessorMixin):
+class LinVTProcessor(VideoProcessing, ProcessorMixin):
     """
     Texts, images and videos to model inputs. Images and text go through the base's own processor; a video's frames go
     through the base's image processor, one picture each, and its placeholder in the prompt becomes M video tokens.
@@ -111,7 +104,8 @@ class LinVTProcessor(ProcessorMixin):
             text: one prompt or several; each video stands in it as one `video_token`.
             videos: one video or several, in the order of their placeholders, or one list of videos for each prompt. A
                 video is whatever `read_video` takes: a path, a URL, bytes, a file object, a uint8 array or tensor
-                [T, H, W, 3], a list of PIL images or of image paths, a folder of images.
+                [T, H, W, 3], a list of PIL images or of image paths, a folder of images; or an
+                `EncodedVideo` or its file.
             questions: what conditions each prompt's videos, all of a prompt's videos alike. `apply_chat_template`
                 gives the words of the newest user turn. By default the same is found in the prompt (see
                 `question_of`). False for no question.
@@ -122,7 +116,8 @@ class LinVTProcessor(ProcessorMixin):
             kwargs: for the base's processor, such as `padding` (several prompts are padded by default).
 
         Returns a `BatchFeature` with the base's own entries and, for videos, `pixel_values_videos`, `num_frames` [V],
-        `frame_times` [V, max T] in seconds, `question_ids` and `question_mask` [V, L], and `frames_*`.
+        `frame_times` [V, max T] in seconds, `question_ids` and `question_mask` [V, L], and `frames_*`; of encoded
+        videos `encoded_videos`, a list, instead of pixels.
 
         Raises `ValueError` when placeholders and videos do not match, or when a question has no words.
         """
@@ -135,17 +130,13 @@ class LinVTProcessor(ProcessorMixin):
                 f"LinVT works on torch tensors; return_tensors='{kwargs['return_tensors']}' is not there."
             )
         kwargs["return_tensors"] = "pt"
-        reading = dict(videos_kwargs or {})
-        num_frames, fps = reading.pop("num_frames", num_frames), reading.pop("fps", fps)
-        do_sample_frames = reading.pop("do_sample_frames", do_sample_frames)
-        if unknown := reading.keys() - _READING:
-            raise ValueError(f"videos_kwargs has {', '.join(unknown)}; known are {', '.join(sorted(_READING))}.")
+        sampling = self._sampling(num_frames, fps, do_sample_frames, videos_kwargs)
         texts = [text] if isinstance(text, str) else None if text is None else list(text)
         per_text = [prompt.count(self.video_token) for prompt in texts or ()]
         videos = self._flat_videos(videos, per_text if texts is not None else None)
 
         inputs = {}
-        frames = self._frames(self._read_all(videos, num_frames, fps, do_sample_frames, reading)) if videos else {}
+        frames = self._video_inputs(videos, sampling) if videos else {}
         if texts is not None or images is not None:
             inputs.update(self._text_and_images(texts and self.with_video_tokens(texts, frames), images, kwargs))
         if videos:
@@ -226,86 +217,15 @@ class LinVTProcessor(ProcessorMixin):
             texts = with_times(texts, frames, self.video_token, self.time_forms[self.times_in_prompt])
         return [text.replace(self.video_token, self.video_token * self.num_video_tokens) for text in texts]
 
-    # ---- videos ----
-
-    def _read_all(self, videos: list, num_frames, fps, sample: bool, reading: dict) -> list[Clip]:
-        """Several at once where there are threads for it."""
-        threads = torch.get_num_threads()
-        read = partial(self._read, num_frames=num_frames, fps=fps, sample=sample, **reading)
-        if threads == 1 or len(videos) == 1:
-            return [read(video) for video in videos]
-        at_once = min(threads, len(videos))
-        with ThreadPoolExecutor(at_once) as pool:
-            return list(pool.map(partial(read, threads=max(threads // at_once, 1)), videos))
-
-    def _read(self, video, num_frames: int | None, fps: float | None, sample: bool, **reading) -> Clip:
-        if not sample:
-            return read_video(video, num_frames=None, **reading)
-        chosen = num_frames is not None or fps is not None or reading.keys() & {"indices", "times"}
-        if not chosen and has_times(video):
-            fps = self.fps  # only as a default: who asks for a rate of frames without times must hear of it
-        num_frames = self.num_frames if num_frames is None else num_frames
-        return read_video(video, num_frames=num_frames, fps=fps, **reading)
-
-    def _flat_videos(self, videos, per_text: list[int] | None) -> list:
-        """All videos in one list, after checking that they match the placeholders of the prompts."""
-        if videos is None:
-            nested = []
-        elif is_one_video(videos):
-            nested = [[videos]]
-        elif all(is_one_video(video) for video in videos):
-            nested = [list(videos)]
-        else:
-            nested = [[group] if is_one_video(group) else list(group) for group in videos]
-            given = [len(group) for group in nested]
-            if per_text is not None and given != per_text:
-                raise ValueError(
-                    f"The prompts hold {per_text} video placeholders ({self.video_token}) each, but {given} videos "
-                    "were given; pass one video for each placeholder."
-                )
-        flat = [video for group in nested for video in group]
-        if per_text is not None and sum(per_text) != len(flat):
-            raise ValueError(
-                f"The text holds {sum(per_text)} video placeholders ({self.video_token}), but {len(flat)} videos were "
-                "given; pass one video for each placeholder."
-            )
-        return flat
-
-    def _frames(self, clips: list[Clip]) -> dict[str, Tensor]:
-        """
-        Sampled frames to the base's pixels, all videos one after another; and, for prompts that say it, how long each
-        video is (`video_durations`, which no model takes).
-        """
-        outputs = []
-        for clip in clips:
-            output = frames_to_pixels(clip.frames, self.image_processor, self.frame_kwargs)
-            if output is None or any(name not in output for name in self.frame_inputs):
-                # Every frame is a sample of its own: processors tile or join the images of one sample.
-                frames = [[Image.fromarray(frame)] for frame in clip.frames.numpy()]
-                output = self.image_processor(frames, return_tensors="pt", **self.frame_kwargs)
-                if output["pixel_values"].ndim == 5:  # [T, tiles, 3, H, W]: the first tile is the whole frame
-                    output["pixel_values"] = output["pixel_values"][:, :1]
-            outputs.append(output)
-        inputs = {
-            "pixel_values_videos": _cat_padded([output["pixel_values"] for output in outputs]),
-            "num_frames": torch.tensor([len(clip.frames) for clip in clips]),
-        }
-        for name in self.frame_inputs:
-            inputs[f"frames_{name}"] = _cat_padded([torch.as_tensor(output[name]) for output in outputs])
-        if any(clip.times is not None for clip in clips):
-            evenly = [torch.arange(len(clip.frames), dtype=torch.float32) for clip in clips]
-            times = [even if clip.times is None else clip.times for clip, even in zip(clips, evenly, strict=True)]
-            inputs["frame_times"] = pad_sequence(times, batch_first=True)
-        known = [-1.0 if clip.times is None or clip.duration is None else clip.duration for clip in clips]
-        inputs["video_durations"] = torch.tensor(known)
-        return inputs
+    # ---- batches ----
 
     def collate(self, features: list[BatchFeature]) -> BatchFeature:
         """
         Joins single samples into a batch: prompts are padded on the tokenizer's side, videos and images follow one
         another. What samples without a video lack is left out for them.
         """
-        if any(not isinstance(value, Tensor) for sample in features for value in sample.values()):
+        tensors = (value for sample in features for name, value in sample.items() if name != "encoded_videos")
+        if not all(isinstance(value, Tensor) for value in tensors):
             raise ValueError("collate joins the processor's outputs, tensors all; a sample holds something else.")
         batch = {}
         for name in dict.fromkeys(name for sample in features for name in sample):
@@ -325,8 +245,10 @@ class LinVTProcessor(ProcessorMixin):
             elif name in ("frame_times", "question_ids", "question_mask"):  # one row a video, also for those without
                 rows = [row for sample in features for row in _rows_per_video(sample, name)]
                 batch[name] = pad_sequence(rows, batch_first=True)
+            elif name == "encoded_videos":
+                batch[name] = [video for videos in values for video in videos]
             else:
-                batch[name] = _cat_padded(values)
+                batch[name] = cat_padded(values)
         return BatchFeature(batch)
 
     # ---- questions ----
@@ -378,8 +300,9 @@ class LinVTProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         base = super() if self.base_processor is None else self.image_text_processor()
-        videos = ["pixel_values_videos", "num_frames", "frame_times", "question_ids", "question_mask"]
-        return [*base.model_input_names, *videos, *(f"frames_{name}" for name in self.frame_inputs)]
+        frames = ["pixel_values_videos", "encoded_videos", *(f"frames_{name}" for name in self.frame_inputs)]
+        videos = ["num_frames", "frame_times", "question_ids", "question_mask"]
+        return [*base.model_input_names, *frames, *videos]
 
 
 def processor_class_of(name: str | None) -> type[ProcessorMixin] | None:
@@ -410,17 +333,6 @@ def _rows_per_video(sample: BatchFeature, name: str) -> list[Tensor]:
             return [torch.arange(count, dtype=torch.float32) for count in counts]
         return [torch.zeros(0, dtype=torch.bool if name == "question_mask" else torch.long) for _ in counts]
     return list(sample[name])
-
-
-def _cat_padded(tensors: list[Tensor]) -> Tensor:
-    """Concatenates along the first dimension; the others are padded with zeros at their ends where they differ."""
-    sizes = [max(size) for size in zip(*(t.shape[1:] for t in tensors), strict=True)]
-
-    def pad(tensor):
-        missing = [n for size, full in zip(tensor.shape[:0:-1], sizes[::-1], strict=True) for n in (0, full - size)]
-        return F.pad(tensor, missing) if any(missing) else tensor
-
-    return torch.cat([pad(tensor) for tensor in tensors])
 
 
 __all__ = ["LinVTProcessor"]

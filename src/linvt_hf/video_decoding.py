@@ -11,16 +11,15 @@ instead, which no file can mislead.
 
 import contextlib
 import io
-import math
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from .video_chunks import Chunks, Misled, check_count, check_size
 from .video_index import VideoIndex, VideoReadError, import_av, list_frames, list_packets, list_table
 from .video_sources import Deadline, Limits
 
@@ -32,10 +31,6 @@ _FORMATS = (
 _SAFE = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
 # Packets that are rather decoded than jumped over (ours): to begin anew costs about as much.
 _NEAR = 8
-
-
-class _Misled(Exception):
-    """The decoded frames are not what the packets said."""
 
 
 @dataclass
@@ -70,11 +65,26 @@ class VideoFile:
 
     def read(self, choose: Callable[[VideoIndex], list[int]]) -> tuple[VideoIndex, list[int], np.ndarray]:
         """The index, what was chosen of it (ascending, each once), and those frames, uint8 [T, H, W, 3]."""
+        for index, picks, _, pixels in self.stream(choose):
+            read = index, picks, pixels
+        return read
+
+    def stream(
+        self, choose: Callable[[VideoIndex], list[int]], size: int | None = None
+    ) -> Iterator[tuple[VideoIndex, list[int], int, np.ndarray]]:
+        """
+        The same, `size` frames at a time, with the number of frames that came before. While they are looked at, the
+        next are decoded. A file that turns out other than it says begins again, at 0 and with another index.
+        """
         for index in self._indices():
             picks = choose(index)
             check_count(self.name, len(picks), self.limits)
-            with contextlib.suppress(_Misled):
-                return index, picks, self._decode(index, picks)
+            decoding = self._decode(index, picks, size or len(picks))
+            with contextlib.suppress(Misled), contextlib.closing(decoding):
+                for first, pixels in decoding:
+                    with self.deadline.paused():
+                        yield index, picks, first, pixels
+                return
         raise VideoReadError(
             f"{self.name} cannot be read: its pictures turn on the way, or are others each time it is decoded."
         )
@@ -110,44 +120,58 @@ class VideoFile:
                 return round(frame.rotation) % 360
         return 0
 
-    def _decode(self, index: VideoIndex, picks: list[int]) -> np.ndarray:
+    def _decode(self, index: VideoIndex, picks: list[int], size: int) -> Iterator[tuple[int, np.ndarray]]:
         stretches = _stretches(index, picks)
+        chunks = Chunks(self.name, self.limits, self.deadline, len(picks), size, resize=stretches is None)
         if stretches is None:
-            return self._from_the_start(index, picks)
-        parts = _share(stretches, self.readers)
-        frames, threads = _Frames(self, len(picks)), max(self.threads // len(parts), 1)
-        if len(parts) == 1:
-            self.decoded += self._read_part(index, parts[0], frames, threads)
+            work = [lambda: self._from_the_start(index, picks, chunks)]
         else:
-            with ThreadPoolExecutor(len(parts)) as pool:
-                counts = pool.map(lambda part: self._read_part(index, part, frames, threads), parts)
-                self.decoded += sum(counts)
-        return frames.pixels
+            # Each stretch goes to whoever is free. Where one fills the room there is, more readers would only wait.
+            longest = max(len(stretch.wanted) for stretch in stretches)
+            fit = len(stretches) if size >= len(picks) else max(chunks.at_once // longest, 1)
+            readers = min(self.readers, len(stretches), fit)
+            waiting = deque(_joined(stretches, readers, chunks.at_once // readers))
+            threads = max(self.threads // readers, 1)
+            work = [lambda: self._read_stretches(index, waiting, chunks, threads)] * readers
+        try:
+            yield from chunks.filled_by(work)
+        finally:
+            self.decoded += chunks.decoded
 
-    def _read_part(self, index: VideoIndex, part: list[Stretch], frames: "_Frames", threads: int) -> int:
+    def _read_stretches(self, index: VideoIndex, waiting: deque[Stretch], chunks: Chunks, threads: int) -> None:
         damaged = import_av().error.FFmpegError
-        decoded = 0
+        fresh = True
         with self.opened(threads) as (container, stream):
-            for number, stretch in enumerate(part):
+            while True:
+                try:
+                    stretch = waiting.popleft()
+                except IndexError:
+                    return
                 shown = None
                 try:
-                    packets = self._packets(container, stream, index, stretch.start, fresh=number == 0)
+                    packets = self._packets(container, stream, index, stretch.start, fresh, chunks.check)
                     for frame in _frames_of(packets, stream, index, stretch):
-                        decoded += 1
+                        chunks.count()
                         packet = index.packet_of(frame.pts)
                         if packet is None or frame.is_corrupt or (shown is not None and frame.pts <= shown):
-                            raise _Misled
+                            raise Misled
                         shown = frame.pts
                         if packet in stretch.wanted:
-                            frames.put(stretch.wanted.pop(packet), frame)
+                            chunks.put(stretch.wanted.pop(packet), frame)
                 except damaged as error:
-                    raise _Misled from error
+                    raise Misled from error
                 if stretch.wanted:
-                    raise _Misled
-        return decoded
+                    raise Misled
+                fresh = False
 
     def _packets(
-        self, container: Any, stream: Any, index: VideoIndex, start: int, fresh: bool
+        self,
+        container: Any,
+        stream: Any,
+        index: VideoIndex,
+        start: int,
+        fresh: bool,
+        check: Callable[[], None],
     ) -> Iterator[tuple[int, Any]]:
         """The packets from number `start` on, with their numbers; `fresh`: nothing was read yet."""
         keys = np.flatnonzero(index.keys[: start + 1])
@@ -157,11 +181,11 @@ class VideoFile:
                 container.seek(int(index.pts[keys[-back]]) if back <= len(keys) else beginning, stream=stream)
             begun = False
             for packet in container.demux(stream):
-                self.deadline.check()
+                check()
                 number = index.packet_of(packet.pts) if packet.size else None
                 begun = begun or number == start
                 if begun and number is None:
-                    raise _Misled
+                    raise Misled
                 if begun:
                     yield number, packet
                 elif not packet.size or (number is not None and number > start):
@@ -169,19 +193,19 @@ class VideoFile:
             if begun or back > len(keys):
                 return
 
-    def _from_the_start(self, index: VideoIndex, picks: list[int]) -> np.ndarray:
-        frames, slots = _Frames(self, len(picks), resize=True), {pick: slot for slot, pick in enumerate(picks)}
+    def _from_the_start(self, index: VideoIndex, picks: list[int], chunks: Chunks) -> None:
+        slots = {pick: slot for slot, pick in enumerate(picks)}
         stamps = None if index.from_frames else index.stamps.tolist()
         with self.opened(self.threads) as (container, stream):
-            for number, frame in enumerate(index.decode(container, stream, self.deadline.check)):
-                self.decoded += 1
+            for number, frame in enumerate(index.decode(container, stream, chunks.check)):
+                chunks.count()
                 if stamps is not None and (number >= len(stamps) or frame.pts != stamps[number]):
-                    raise _Misled
+                    raise Misled
                 if number in slots:
-                    frames.put(slots.pop(number), frame)
+                    chunks.put(slots.pop(number), frame)
                 if not slots:
-                    return frames.pixels
-        raise _Misled
+                    return
+        raise Misled
 
     @contextlib.contextmanager
     def opened(self, threads: int = 1) -> Iterator[tuple[Any, Any]]:
@@ -230,18 +254,24 @@ def _stretches(index: VideoIndex, picks: Sequence[int]) -> list[Stretch] | None:
     return [found[start] for start in sorted(found)]
 
 
-def _share(stretches: list[Stretch], readers: int) -> list[list[Stretch]]:
-    """The stretches in as many parts, of about as much work each; in a part, those that lie near are one."""
-    work = np.cumsum([stretch.end - stretch.start + 1 + _NEAR for stretch in stretches])
-    parts: list[list[Stretch]] = [[] for _ in range(readers)]
-    for stretch, done in zip(stretches, work, strict=True):
-        part = parts[min(int((done - 1) * readers / work[-1]), readers - 1)]
-        if part and stretch.start - part[-1].end <= _NEAR:
-            part[-1].end = max(part[-1].end, stretch.end)
-            part[-1].wanted.update(stretch.wanted)
+def _joined(stretches: list[Stretch], readers: int, room: int) -> list[Stretch]:
+    """
+    The stretches; of those that follow each other closely several are one, to be decoded without beginning anew, but
+    not so long that it keeps one reader busy and the others waiting. No two have frames of each other's time.
+    """
+    work = sum(stretch.end - stretch.start + 1 for stretch in stretches)
+    most = work if readers == 1 else work // (4 * readers)
+    joined: list[Stretch] = []
+    for stretch in stretches:
+        last = joined[-1] if joined else None
+        near = last and stretch.start - last.end <= _NEAR and stretch.end - last.start < most
+        fits = last and len(last.wanted) + len(stretch.wanted) <= room
+        if last and ((near and fits) or min(stretch.wanted.values()) < max(last.wanted.values())):
+            last.end = max(last.end, stretch.end)
+            last.wanted.update(stretch.wanted)
         else:
-            part.append(stretch)
-    return [part for part in parts if part]
+            joined.append(stretch)
+    return joined
 
 
 def _frames_of(packets: Iterator[tuple[int, Any]], stream: Any, index: VideoIndex, stretch: Stretch) -> Iterator[Any]:
@@ -250,7 +280,7 @@ def _frames_of(packets: Iterator[tuple[int, Any]], stream: Any, index: VideoInde
     for number, packet in packets:
         wanted = number in stretch.wanted
         if number == stretch.start and index.starts_whole and not index.starts_whole(memoryview(packet)):
-            raise _Misled
+            raise Misled
         if index.can_skip:
             context.skip_frame = "DEFAULT" if wanted else "NONREF"
         if wanted or not index.intra:
@@ -260,61 +290,4 @@ def _frames_of(packets: Iterator[tuple[int, Any]], stream: Any, index: VideoInde
     yield from context.decode(None)  # what waits for its turn comes out without decoding more
 
 
-class _Frames:
-    """Frames to pixels of one array, each in its slot, from several threads."""
-
-    def __init__(self, file: VideoFile, count: int, resize: bool = False):
-        self.file, self.count, self.resize, self.pixels = file, count, resize, None
-        self._lock, self._own, self._size = threading.Lock(), threading.local(), None
-
-    def put(self, slot: int, frame: Any) -> None:
-        if not hasattr(self._own, "convert"):  # one for all frames: each new one starts its own threads
-            self._own.convert = import_av().video.reformatter.VideoReformatter()
-        size = (frame.width, frame.height)
-        check_size(self.file.name, *size, self.file.limits)
-        with self._lock:
-            self._size = self._size or size
-        if size != self._size and not self.resize:
-            raise _Misled  # which frame is the first, whose size counts, only a reading in order tells
-        width, height = self._size
-        plane = self._own.convert.reformat(frame, format="rgb24", width=width, height=height).planes[0]
-        rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
-        picture = upright(rows[:, : 3 * width].reshape(height, width, 3), frame)
-        with self._lock:
-            if self.pixels is None:
-                self.pixels = np.empty((self.count, *picture.shape), np.uint8)
-        if picture.shape != self.pixels.shape[1:]:
-            raise _Misled
-        self.pixels[slot] = picture
-
-
-def check_size(name: str, width: int, height: int, limits: Limits) -> None:
-    """Raises `VideoReadError` for frames that are too large."""
-    if limits.frame_pixels is not None and width * height > limits.frame_pixels:
-        raise VideoReadError(
-            f"{name} has frames of {width} x {height}, {width * height:,} pixels, and limits.frame_pixels is "
-            f"{limits.frame_pixels:,}; raise it to read them."
-        )
-
-
-def check_count(name: str, frames: int, limits: Limits) -> None:
-    """Raises `VideoReadError` for too many frames."""
-    if limits.frames is not None and frames > limits.frames:
-        raise VideoReadError(
-            f"{name}: {frames:,} frames are asked for, and limits.frames is {limits.frames:,}; ask for fewer "
-            "(num_frames), or raise it."
-        )
-
-
-def upright(picture: np.ndarray, frame: Any) -> np.ndarray:
-    """A frame's picture [H, W, 3] mirrored and turned, as its display matrix says."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return picture
-    right, down, _, x, y, *_ = np.frombuffer(matrix, np.int32).tolist()  # where the picture's axes point
-    if right * y - down * x < 0:  # mirrored: first from left to right, and the axis points the other way
-        picture, right, down = picture[:, ::-1], -right, -down
-    return np.rot90(picture, round(-math.atan2(down, right) / (math.pi / 2)))  # counterclockwise
-
-
-__all__ = ["VideoFile", "check_count", "check_size", "upright"]
+__all__ = ["VideoFile"]

@@ -1,32 +1,36 @@
 """Videos in, sampled frames and their times out.
 
 `read_video` takes a video in any of the forms people hold one (a file, its bytes, an array, a list of pictures) and
-returns a `Clip`. This file and those it imports, `video_*.py`, stand alone, without the rest of the package, and need
-PyAV only to read a video file.
+returns a `Clip`; `stream_video` gives the same frames a few at a time. This file and those it imports, `video_*.py`,
+stand alone, without the rest of the package, and need PyAV only to read a video file.
 """
 
 import contextlib
-import io
 import logging
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import PIL.Image
 import torch
 
-from .video_decoding import VideoFile, check_count, check_size
+from .video_decoding import VideoFile
 from .video_index import VideoIndex, VideoReadError
+from .video_pictures import (
+    Parts,
+    Whole,
+    is_one_video,
+    is_webp,
+    opened_webp,
+    parts_of_array,
+    parts_of_images,
+    parts_of_webp,
+    split,
+)
 from .video_sampling import Sampling
-from .video_sources import IMAGE_SUFFIXES, Deadline, Limits, locate, located
+from .video_sources import Limits, located
 
 logger = logging.getLogger(__name__)
-
-# What Pillow raises for a file that is broken, or says it is so large that reading it would fill the memory.
-BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, PIL.Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +47,10 @@ class Clip:
     times: torch.Tensor | None
     duration: float | None
     total_frames: int
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.frames)
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,8 @@ def video_info(source: Any, *, limits: Limits | None = None) -> VideoInfo:
     with located(source, limits) as (file, name):
         if isinstance(file, list):
             raise ValueError(f"{name} is pictures, which have no times or codec; give a video file.")
-        if _is_webp(file):
-            with _opened_webp(file, name, limits) as (image, ends):
+        if is_webp(file):
+            with opened_webp(file, name, limits) as (image, ends):
                 total, duration = len(ends) - 1, ends[-1] or None
                 return VideoInfo(duration, duration and total / duration, *image.size, 0, "webp", "webp", total, None)
         video = VideoFile(file, name, limits=limits)
@@ -141,93 +149,114 @@ def read_video(
     if isinstance(source, Clip):
         return source
     sampling = Sampling(num_frames, fps, indices, times, start, end)
+    for whole, _, frames in _parts(source, sampling, exact, on_error, threads, limits, None):
+        clip = Clip(frames, whole.times, whole.duration, whole.total_frames)
+    return clip
+
+
+class VideoStream:
+    """
+    Sampled frames of one video, a few at a time, in the order they are sampled; the next are read meanwhile.
+
+    Iterating, which works once, gives pairs: the number of frames that came before, and the next ones, uint8
+    [t, H, W, 3]. A file that turns out other than it says begins again, at 0: what was read of it is to be forgotten.
+
+    num_frames: how many frames that makes.
+    times, duration, total_frames: as in `Clip`.
+    """
+
+    def __init__(self, parts: Parts):
+        self._parts, self._next = parts, None
+        self._advance()  # reading begins here, and what is wrong with a source shows
+
+    def _advance(self) -> None:
+        self._next = next(self._parts, None)
+        if self._next is not None:
+            whole = self._next[0]
+            self.num_frames, self.total_frames = whole.num_frames, whole.total_frames
+            self.times, self.duration = whole.times, whole.duration
+
+    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
+        while self._next is not None:
+            _, first, frames = self._next
+            self._next = None
+            yield first, frames
+            del frames  # as soon as nobody else needs them
+            self._advance()
+
+    def close(self) -> None:
+        """Ends the reading before its end."""
+        self._parts.close()
+        self._next = None
+
+
+def stream_video(
+    source: Any,
+    *,
+    chunk_size: int = 32,
+    num_frames: int | None = 32,
+    fps: float | None = None,
+    indices: Sequence[int] | None = None,
+    times: Sequence[float] | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    exact: bool = True,
+    on_error: Literal["raise", "keep"] = "raise",
+    threads: int | None = None,
+    limits: Limits | None = None,
+) -> VideoStream:
+    """
+    The frames that `read_video` gives for the same arguments, at most `chunk_size` at a time (ours: 32), in memory
+    that does not grow with their number. Only `indices` or `times` out of order are held all at once.
+
+    Raises what `read_video` raises, here or later: a damaged file gives its error where it is damaged.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}.")
+    if isinstance(source, Clip):
+        return VideoStream(_parts_of_clip(source, chunk_size))
+    sampling = Sampling(num_frames, fps, indices, times, start, end)
+    return VideoStream(_parts(source, sampling, exact, on_error, threads, limits, chunk_size))
+
+
+# ---- every form of a video as parts: what the whole is, the number of frames before, uint8 [t, H, W, 3] ----
+
+
+def _parts(
+    source: Any,
+    sampling: Sampling,
+    exact: bool,
+    on_error: str,
+    threads: int | None,
+    limits: Limits | None,
+    size: int | None,
+) -> Parts:
+    """Of at most `size` frames; None for one part."""
     if on_error not in ("raise", "keep"):
         raise ValueError(f"on_error must be 'raise' or 'keep', not {on_error!r}.")
     if isinstance(source, np.ndarray | torch.Tensor):
-        return _read_array(source, sampling)
+        yield from parts_of_array(source, sampling, size)
+        return
     if isinstance(source, list | tuple):
-        return _read_images(source, sampling)
+        yield from parts_of_images(source, sampling, size)
+        return
     limits = limits or Limits()
     with located(source, limits) as (file, name):
         if isinstance(file, list):
-            return _read_images(file, sampling, limits)
-        if _is_webp(file):
-            return _read_webp(file, name, sampling, limits)
-        return _read_file(VideoFile(file, name, threads, limits), sampling, exact, on_error)
+            yield from parts_of_images(file, sampling, size, limits)
+        elif is_webp(file):
+            yield from parts_of_webp(file, name, sampling, size, limits)
+        else:
+            yield from _parts_of_file(VideoFile(file, name, threads, limits), sampling, exact, on_error, size)
 
 
-def is_one_video(value: Any) -> bool:
-    """True if `value` is one video in a form `read_video` takes, False if it is a list of videos.
-
-    A list is one video when every item is a picture: a PIL image, an image path, or a 3-D array or tensor.
-    """
-    if isinstance(value, list | tuple):
-        return bool(value) and all(_is_image(item) for item in value)
-    return not (isinstance(value, np.ndarray | torch.Tensor) and value.ndim > 4)
+def _parts_of_clip(clip: Clip, size: int) -> Parts:
+    whole = Whole(len(clip.frames), clip.times, clip.duration, clip.total_frames)
+    for part in split(len(clip.frames), size):
+        yield whole, part.start, clip.frames[part]
 
 
-def _is_image(value: Any) -> bool:
-    if isinstance(value, str | Path):
-        return Path(value).suffix.lower() in IMAGE_SUFFIXES
-    return isinstance(value, PIL.Image.Image) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 3)
-
-
-def _check_pixels(pixels: np.ndarray | torch.Tensor, ndim: int, name: str) -> None:
-    shape, dtype = list(pixels.shape), str(pixels.dtype).removeprefix("torch.")
-    if len(shape) != ndim or 3 not in (shape[-1], shape[-3]):
-        wanted = "[T, H, W, 3] or [T, 3, H, W]" if ndim == 4 else "[H, W, 3]"
-        raise ValueError(f"{name} has shape {shape}, and {wanted} with RGB colours is expected.")
-    if dtype != "uint8":
-        raise ValueError(f"{name} is {dtype}, and uint8 0..255 is expected: cast it, after 255 * x for x in 0..1.")
-
-
-def _to_tensor(pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """The same pixels on the CPU with the colours last."""
-    if isinstance(pixels, np.ndarray):
-        pixels = torch.from_numpy(np.array(pixels))  # a copy: the caller's array may be read-only or reversed
-    pixels = pixels.detach().cpu()
-    return (pixels if pixels.shape[-1] == 3 else pixels.movedim(-3, -1)).contiguous()
-
-
-def _read_array(video: np.ndarray | torch.Tensor, sampling: Sampling) -> Clip:
-    name = f"the given {'array' if isinstance(video, np.ndarray) else 'tensor'}"
-    _check_pixels(video, 4, name)
-    picks = sampling.choose(name, len(video), None, None)
-    return Clip(_to_tensor(video[picks]), None, None, len(video))
-
-
-def _read_images(images: Sequence[Any], sampling: Sampling, limits: Limits | None = None) -> Clip:
-    name = f"the given list of {len(images)}"
-    if images and not is_one_video(images):
-        raise ValueError(f"{name} holds items that are not images: read a list of videos one video at a time.")
-    frames: list[torch.Tensor] = []
-    picks = sampling.choose(name, len(images), None, None)
-    if limits is not None:  # of a folder or a glob: a caller's own list is in memory, or was written down
-        check_count(name, len(picks), limits)
-    for index in picks:
-        frame = _load_image(images[index], f"image {index} of {name}")
-        if frames and frame.shape != frames[0].shape:
-            one, other = (f"{shape[1]}x{shape[0]}" for shape in (frames[0].shape, frame.shape))
-            raise ValueError(f"{name} has pictures of {one} and of {other} (width x height): resize them to one size.")
-        frames.append(frame)
-    return Clip(torch.stack(frames), None, None, len(images))
-
-
-def _load_image(image: Any, name: str) -> torch.Tensor:
-    if isinstance(image, np.ndarray | torch.Tensor):
-        _check_pixels(image, 3, name)
-        return _to_tensor(image)
-    if isinstance(image, PIL.Image.Image):
-        return _to_tensor(np.asarray(image.convert("RGB")))
-    file, path = locate(image, Limits())
-    try:
-        with PIL.Image.open(file) as opened:
-            return _to_tensor(np.asarray(opened.convert("RGB")))
-    except BROKEN_IMAGE as error:
-        raise ValueError(f"{name}, {path}, cannot be read as an image from disk.") from error
-
-
-def _read_file(file: VideoFile, sampling: Sampling, exact: bool, on_error: str) -> Clip:
+def _parts_of_file(file: VideoFile, sampling: Sampling, exact: bool, on_error: str, size: int | None) -> Parts:
     name = file.name
 
     def choose(index: VideoIndex) -> list[int]:
@@ -239,51 +268,39 @@ def _read_file(file: VideoFile, sampling: Sampling, exact: bool, on_error: str) 
             raise VideoReadError(str(error)) from error
         return picks if exact else index.nearest_keys(picks)
 
-    index, kept, frames = file.read(lambda index: sorted(set(choose(index))))
-    if index.problem and on_error == "raise":
-        raise VideoReadError(
-            f"{name} is damaged: {index.problem}; on_error='keep' gives the {index.total} frames that there are."
-        )
+    known = None
+    # Decoded are the frames in the order they are shown, each once; `picks` may repeat them, and unordered ones turn.
+    reading = file.stream(lambda index: sorted(set(choose(index))), size if sampling.in_order else None)
+    with contextlib.closing(reading):
+        for index, kept, first, pixels in reading:
+            if index.problem and on_error == "raise":
+                raise VideoReadError(
+                    f"{name} is damaged: {index.problem}; on_error='keep' gives the {index.total} frames that there "
+                    "are."
+                )
+            if index is not known:
+                known, picks = index, choose(index)
+                times = None if index.times is None else torch.from_numpy(index.times[picks]).float()
+                whole = Whole(len(picks), times, index.duration, index.total)
+            shown, begin = picks, 0
+            if len(pixels) < len(kept):
+                begin, end = np.searchsorted(picks, [kept[first], kept[first + len(pixels) - 1] + 1]).tolist()
+                shown = picks[begin:end]
+            if shown != kept[first : first + len(pixels)]:
+                pixels = pixels[np.searchsorted(kept[first : first + len(pixels)], shown)]
+            for part in split(len(pixels), size):
+                yield whole, begin + part.start, torch.from_numpy(pixels[part])
     if index.problem:
         logger.warning(f"{name} is damaged: {index.problem}; it gives {index.total} frames.")
-    picks = choose(index)
-    if picks != kept:
-        frames = frames[np.searchsorted(kept, picks)]
-    times = None if index.times is None else torch.from_numpy(index.times[picks]).float()
-    return Clip(torch.from_numpy(frames), times, index.duration, index.total)
 
 
-def _is_webp(file: Any) -> bool:
-    try:
-        with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=["WEBP"]):
-            return True
-    except BROKEN_IMAGE:  # also a URL
-        return False
-
-
-@contextlib.contextmanager
-def _opened_webp(file: Any, name: str, limits: Limits) -> Iterator[tuple[PIL.Image.Image, list[float]]]:
-    """An animated WebP, which FFmpeg does not decode and Pillow does; 0, and at which second each frame ends."""
-    ends, deadline = [0.0], Deadline(name, limits)
-    try:
-        with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            check_size(name, *image.size, limits)
-            for index in range(image.n_frames):
-                deadline.check()
-                image.seek(index)
-                image.load()  # only now is the frame's duration known
-                ends.append(ends[-1] + image.info.get("duration", 0) / 1000)
-            yield image, ends
-    except (OSError, EOFError) as error:
-        raise VideoReadError(f"{name} cannot be read as an animated image.") from error
-
-
-def _read_webp(file: Any, name: str, sampling: Sampling, limits: Limits) -> Clip:
-    pixels = []
-    with _opened_webp(file, name, limits) as (image, ends):
-        picks = sampling.choose(name, len(ends) - 1, np.array(ends[:-1]), ends[-1])
-        check_count(name, len(picks), limits)
-        for index in picks:
-            image.seek(index)
-            pixels.append(_load_image(image, name))
-    return Clip(torch.stack(pixels), torch.tensor(ends)[picks], ends[-1] or None, len(ends) - 1)
+__all__ = [
+    "Clip",
+    "VideoInfo",
+    "VideoReadError",
+    "VideoStream",
+    "is_one_video",
+    "read_video",
+    "stream_video",
+    "video_info",
+]

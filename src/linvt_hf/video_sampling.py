@@ -47,6 +47,12 @@ class Sampling:
         """The name of an argument that only makes sense where frames have times, if one is given."""
         return next((name for name in ("fps", "times", "start", "end") if getattr(self, name) is not None), None)
 
+    @property
+    def in_order(self) -> bool:
+        """Whether the frames come in the order they are shown."""
+        values = self.indices or self.times or []
+        return values == sorted(values)
+
     def choose(self, name: str, total: int, times: np.ndarray | None, duration: float | None) -> list[int]:
         """
         Frames of a video called `name`, out of `total` that are shown at `times`, seconds, ascending.

@@ -59,6 +59,15 @@ class Deadline:
         if self.end is not None and time.monotonic() > self.end:
             raise VideoReadError(f"{self.name} took longer to read than limits.seconds={self.seconds}; raise it.")
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Does not count what happens meanwhile."""
+        end, self.end, began = self.end, None, time.monotonic()
+        try:
+            yield
+        finally:
+            self.end = None if end is None else end + time.monotonic() - began
+
 
 def locate(source: Any, limits: Limits) -> tuple[Any, str]:
     """

@@ -30,8 +30,10 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature
 
 from ..image_llm import features_per_frame
-from ..modeling_linvt import FRAME_PREFIX, LinVTForConditionalGeneration
-from ..processing_linvt import LinVTProcessor, _cat_padded
+from ..modeling_linvt import LinVTForConditionalGeneration
+from ..modeling_videos import FRAME_PREFIX
+from ..processing_linvt import LinVTProcessor
+from ..processing_videos import cat_padded
 from .media import SkippedSample, VideoInput, read_frames
 
 if TYPE_CHECKING:
@@ -141,7 +143,7 @@ class FeatureCache:
                 rows = [entry.get(name, row) for entry, row in zip(entries, even, strict=True)]
                 joined[name] = pad_sequence(rows, batch_first=True)
             else:
-                joined[name] = _cat_padded([entry[name] for entry in entries])
+                joined[name] = cat_padded([entry[name] for entry in entries])
         return joined
 
     # ---- entries ----

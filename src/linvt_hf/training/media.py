@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers.image_utils import load_image
 
 from ..processing_linvt import LinVTProcessor
-from ..video_reading import BROKEN_IMAGE, Clip
+from ..video_pictures import BROKEN_IMAGE
+from ..video_reading import Clip
 from ..video_sources import has_times
 
 TIMEOUT = 60  # seconds that a server may take over an image
@@ -49,7 +50,7 @@ def _read_clip(processor: LinVTProcessor, source: VideoInput) -> Clip:
     """
     video = source.video
     try:
-        return processor._read(video, source.num_frames, source.fps if has_times(video) else None, True)
+        return processor._read(video, num_frames=source.num_frames, fps=source.fps if has_times(video) else None)
     except (OSError, ValueError) as error:  # read_video's own; settings were checked before
         raise SkippedSample(str(error), source.path) from error
 

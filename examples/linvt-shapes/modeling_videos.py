@@ -1,0 +1,259 @@
+"""The part of LinVTForConditionalGeneration that turns videos' frames into the few tokens its language model reads."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import can_return_tuple
+
+from .encoded_video import EncodedVideo, PixelStream, as_encoded, frame_times_of
+from .image_llm import features_per_frame
+
+FRAMES_INPUTS = ("pixel_values_videos", "frame_features", "encoded_videos")  # a video's frames, in whatever form
+VIDEO_INPUTS = (*FRAMES_INPUTS, "num_frames", "frame_times", "question_ids", "question_mask")
+FRAME_PREFIX = "frames_"  # what the base's image processor gave beside the pixels of the frames
+
+
+@dataclass
+class VideoFeatures(ModelOutput):
+    """
+    pooler_output: [V, M, D], the tokens of each video.
+    weights: for each video W, [M, T, N], whose rows weigh its frames' own tokens; only when asked for.
+    scores: for each video [T, N], the significance of its tokens as logits.
+    """
+
+    pooler_output: Tensor | None = None
+    weights: list[Tensor] | None = None
+    scores: list[Tensor] | None = None
+
+
+class VideoMixin:
+    """Of `LinVTForConditionalGeneration`, which has the base, its `image_llm` and the `video_tokenizer`."""
+
+    def encode_video(
+        self, video: PixelStream | EncodedVideo, progress: Callable[[int, int], None] | None = None
+    ) -> EncodedVideo:
+        """
+        A video's frames through the base's vision encoder and projector, some at a time, while the next are read.
+
+        Args:
+            video: what `processor.stream(...)` gives of it.
+            progress: is told, now and then, how many frames are done, and of how many.
+
+        Returns what the processor takes in a video's place, for as many questions as there are. Raises what reading
+        the video raises.
+        """
+        return self.encode_videos([video], progress)[0]
+
+    @torch.no_grad()
+    def encode_videos(
+        self, videos: Sequence[PixelStream | EncodedVideo], progress: Callable[[int, int], None] | None = None
+    ) -> list[EncodedVideo]:
+        """Several of them; short ones share a pass through the vision encoder."""
+        known = [as_encoded(video) for video in videos]
+        streams = [video for video, encoded in zip(videos, known, strict=True) if encoded is None]
+        for stream in streams:
+            if not hasattr(stream, "num_frames"):
+                raise ValueError(f"A {type(stream).__name__} cannot be encoded; give processor.stream(video).")
+        encoded = iter(self._encode_streams(streams, progress or (lambda done, total: None)))
+        return [next(encoded) if video is None else video for video in known]
+
+    def _encode_streams(self, streams: list[PixelStream], progress: Callable[[int, int], None]) -> list[EncodedVideo]:
+        encoded: list[EncodedVideo | None] = [None] * len(streams)
+        waiting: list[_Part] = []  # whole short videos, or some frames of a long one
+
+        def encode() -> None:
+            parts = self._encode_parts(waiting) if waiting else ()
+            for part, tokens in zip(waiting, parts, strict=True):
+                if part.frames.start == 0:
+                    room = tokens if part.whole else tokens.new_empty(part.total, *tokens.shape[1:])
+                    grid = self.image_llm.grid(tokens.shape[1], part.inputs, 0)
+                    encoded[part.number] = EncodedVideo(room, grid, part.times, part.duration)
+                if not part.whole:
+                    encoded[part.number].tokens[part.frames] = tokens
+                before = sum(stream.num_frames for stream in streams[: part.number])
+                progress(before + part.frames.stop, sum(stream.num_frames for stream in streams))
+            waiting.clear()
+
+        try:
+            for number, stream in enumerate(streams):
+                for frames, inputs in stream:
+                    part = _Part(number, frames, inputs, stream.num_frames, stream.times, stream.duration)
+                    if waiting and not part.fits(waiting, self.config.frames_per_chunk):
+                        encode()
+                    waiting.append(part)
+                    if not part.whole:
+                        encode()
+            encode()
+        finally:
+            for stream in streams:
+                stream.close()
+        return encoded
+
+    def _encode_parts(self, parts: list["_Part"]) -> list[Tensor]:
+        """Of each part [t, N, D]."""
+        inputs = {name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs}
+        pixels, counts = inputs.pop("pixel_values"), [part.count for part in parts]
+        tokens = self.image_llm.encode_frames(self.base, pixels, inputs, sum(counts), self.config.frames_per_chunk)
+        return features_per_frame(tokens, counts)
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: Tensor | None = None,
+        num_frames: Tensor | list[int] | None = None,
+        frame_times: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        output_weights: bool = False,
+        frame_features: Tensor | None = None,
+        encoded_videos: list[EncodedVideo] | None = None,
+        **frame_inputs: Tensor,
+    ) -> VideoFeatures:
+        """
+        The tokens of some videos, each conditioned on its question.
+
+        Args:
+            pixel_values_videos: the frames of all videos one after another, as the processor gives them.
+            num_frames: [V], frames of each video.
+            frame_times: [V, max T], seconds of each frame; padding is ignored.
+            question_ids, question_mask: [V, L], each video's question as token ids, and True (or 1) for real words.
+                Without them the tokens depend on the video alone.
+            output_weights: also return W.
+            frame_features: [sum of T, N, D], the frames' visual tokens if they are already there, as
+                `image_llm.encode_frames` gave them; instead of `pixel_values_videos`. Where frames differ in N, N is
+                the largest and `frames_num_tokens`, [sum of T], says how many of a frame's rows are real.
+            encoded_videos: instead, V videos as `encode_video` gave them; `num_frames` and `frame_times` are theirs.
+            frame_inputs: `frames_<name>` for each further input of the base's vision encoder, one entry a frame.
+        """
+        forms = dict(zip(FRAMES_INPUTS, (pixel_values_videos, frame_features, encoded_videos), strict=True))
+        given = [name for name, value in forms.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"A video's frames are {', '.join(FRAMES_INPUTS[:-1])} or {FRAMES_INPUTS[-1]}, and "
+                f"{' and '.join(given) if given else 'none'} of them was given; give one."
+            )
+        if encoded_videos is not None:
+            num_frames = [video.num_frames for video in encoded_videos]
+        counts = num_frames.tolist() if isinstance(num_frames, Tensor) else list(num_frames or [])
+        if not counts or min(counts) < 1:
+            raise ValueError(f"num_frames must hold a positive count for each video; got {counts}.")
+        if question_ids is not None and len(question_ids) != len(counts):
+            raise ValueError(f"{len(counts)} videos, but {len(question_ids)} rows of question_ids; give one a video.")
+        inputs = {name.removeprefix(FRAME_PREFIX): value for name, value in frame_inputs.items()}
+        num_tokens = inputs.pop("num_tokens", None)
+        if encoded_videos is not None:
+            videos = [self._tokens_of(video) for video in encoded_videos]
+            grids = [video.grid for video in encoded_videos]
+            frame_times = frame_times_of(encoded_videos)
+        else:
+            if frame_features is not None:
+                videos = _split_features(frame_features.to(self.base.device), counts, num_tokens)
+            else:
+                tokens = self.image_llm.encode_frames(
+                    self.base, pixel_values_videos, inputs, sum(counts), self.config.frames_per_chunk
+                )
+                videos = features_per_frame(tokens, counts)  # V tensors [T, N, D]
+                del tokens  # they were copied, and are the largest thing here
+            starts = [sum(counts[:index]) for index in range(len(counts))]
+            grids = [self.image_llm.grid(v.shape[1], inputs, start) for v, start in zip(videos, starts, strict=True)]
+        text = None if question_ids is None else self.get_input_embeddings()(question_ids.to(self.base.device))
+
+        rows: list[tuple] = [()] * len(videos)
+        # Videos whose frames have the same shape make one batch. Their lengths lie between two powers of two, so that
+        # no video is padded to more than twice its length.
+        alike = [(grid, (count - 1).bit_length()) for grid, count in zip(grids, counts, strict=True)]
+        for kind in dict.fromkeys(alike):
+            members = [index for index, other in enumerate(alike) if other == kind]
+            grid = kind[0]
+            lengths = [counts[index] for index in members]
+            device = videos[members[0]].device
+            chosen = torch.tensor(members, device=device)
+            out = self.video_tokenizer(
+                _batch([videos[index] for index in members]),  # [B, T, N, D]
+                frame_mask=None if len(set(lengths)) == 1 else _mask(lengths, device),
+                frame_times=None if frame_times is None else frame_times.to(device)[chosen, : max(lengths)],
+                text_embeds=None if text is None else text.to(device)[chosen],
+                text_mask=None if text is None or question_mask is None else question_mask.to(device)[chosen],
+                output_weights=output_weights,
+                grid=grid,
+            )
+            for row, (index, length) in enumerate(zip(members, lengths, strict=True)):
+                weights = None
+                if output_weights:
+                    weights = out.weights[row].unflatten(-1, (-1, videos[index].shape[1]))[:, :length]
+                rows[index] = (out.video_tokens[row], weights, out.scores[row, :length])
+        video_tokens, weights, scores = zip(*rows, strict=True)
+        return VideoFeatures(torch.stack(video_tokens), list(weights) if output_weights else None, list(scores))
+
+    def _tokens_of(self, video: EncodedVideo) -> Tensor:
+        if video.tokens.shape[2] != self.config.hidden_size:
+            raise ValueError(
+                f"An encoded video has tokens of width {video.tokens.shape[2]}, and this model's are "
+                f"{self.config.hidden_size} wide; encode it with this model."
+            )
+        return video.tokens.to(self.base.device, self.base.dtype)
+
+    @staticmethod
+    def take_video_inputs(inputs: dict) -> dict:
+        """Takes what `get_video_features` needs out of a model's inputs; nothing if they hold no video."""
+        names = [name for name in inputs if name in VIDEO_INPUTS or name.startswith(FRAME_PREFIX)]
+        videos = {name: inputs.pop(name) for name in names}
+        return videos if any(videos.get(name) is not None for name in FRAMES_INPUTS) else {}
+
+
+@dataclass
+class _Part:
+    """Some frames of video `number`, and what is known of all of it."""
+
+    number: int
+    frames: slice
+    inputs: dict[str, Tensor]
+    total: int
+    times: Tensor | None
+    duration: float | None
+
+    @property
+    def count(self) -> int:
+        return self.frames.stop - self.frames.start
+
+    @property
+    def whole(self) -> bool:
+        return self.count == self.total
+
+    def fits(self, others: list["_Part"], most: int) -> bool:
+        """Whether it is encoded together with others, which makes at most `most` frames; only whole videos are."""
+        parts = [*others, self]
+        shapes = [{name: value.shape[1:] for name, value in part.inputs.items()} for part in parts]
+        alike = all(shape == shapes[0] for shape in shapes)
+        return alike and all(part.whole for part in parts) and sum(part.count for part in parts) <= most
+
+
+def _split_features(features: Tensor, counts: list[int], num_tokens: Tensor | None) -> list[Tensor]:
+    """Frames' tokens [sum of T, N, D] as one tensor [T, N, D] a video, each without its padding."""
+    if len(features) != sum(counts):
+        raise ValueError(
+            f"frame_features holds {len(features)} frames, but num_frames asks for {sum(counts)}; give one entry a "
+            "frame."
+        )
+    videos = features.split(counts)
+    if num_tokens is None:
+        return list(videos)
+    firsts = [sum(counts[:index]) for index in range(len(counts))]
+    return [video[:, :real] for video, real in zip(videos, num_tokens[firsts].tolist(), strict=True)]
+
+
+def _batch(videos: list[Tensor]) -> Tensor:
+    """Videos [T, N, D] as one tensor [B, max T, N, D]; without a copy if there is only one."""
+    return videos[0][None] if len(videos) == 1 else pad_sequence(videos, batch_first=True)
+
+
+def _mask(lengths: list[int], device: torch.device) -> Tensor:
+    """[B, max T], True for the first `lengths[b]` frames."""
+    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+
+
+__all__ = ["FRAME_PREFIX", "VideoFeatures", "VideoMixin"]

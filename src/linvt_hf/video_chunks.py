@@ -1,0 +1,167 @@
+"""Decoded frames to pixels, some at a time and in order, while the next are decoded."""
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from .video_index import VideoReadError, import_av
+from .video_sources import Deadline, Limits
+
+# Chunks that are decoded ahead of the one that is looked at (ours).
+_AHEAD = 2
+
+
+class Misled(Exception):
+    """The decoded frames are not what the packets said."""
+
+
+class _Left(Exception):
+    """Nobody waits for the frames any more."""
+
+
+class Chunks:
+    """
+    The pixels of `count` frames, uint8 arrays [t, H, W, 3] of at most `size` frames, filled by several threads.
+
+    Args:
+        name, limits, deadline: of the file.
+        resize: whether frames of other sizes get that of the first; else they are `Misled`, because which is the first
+            only a reading in order tells.
+
+    `decoded` counts the frames that were decoded so far.
+    """
+
+    def __init__(self, name: str, limits: Limits, deadline: Deadline, count: int, size: int, resize: bool = False):
+        self.name, self.limits, self.deadline = name, limits, deadline
+        self.total, self.size, self.resize, self.decoded = count, size, resize, 0
+        self._changed, self._own = threading.Condition(), threading.local()
+        self._frame_size: tuple[int, int] | None = None
+        self._shape: tuple[int, ...] | None = None
+        self._pixels: dict[int, np.ndarray] = {}
+        self._missing = [min(size, count - first) for first in range(0, count, size)]
+        self._taken, self._failure, self._left = 0, None, False
+
+    @property
+    def at_once(self) -> int:
+        """How many frames have room before the first are taken."""
+        return min((1 + _AHEAD) * self.size, self.total)
+
+    # ---- whoever looks at them ----
+
+    def filled_by(self, work: Sequence[Callable[[], None]]) -> Iterator[tuple[int, np.ndarray]]:
+        """
+        Each chunk with the number of frames before it, while `work`, each in a thread of its own, fills them. Raises
+        what one of these raises.
+        """
+        pool = ThreadPoolExecutor(len(work), "linvt-decode")
+        try:
+            for each in work:
+                pool.submit(self._run, each)
+            for number in range(len(self._missing)):
+                yield number * self.size, self._take(number)
+        finally:
+            with self._changed:
+                self._left = True
+                self._changed.notify_all()
+            pool.shutdown()
+
+    def _take(self, number: int) -> np.ndarray:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._missing[number] or self._failure)
+            if self._failure:
+                raise self._failure
+            self._taken = number + 1
+            self._changed.notify_all()
+            return self._pixels.pop(number)
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except _Left:
+            pass
+        except BaseException as error:
+            with self._changed:
+                self._failure = self._failure or error
+                self._left = True  # the other threads need not go on
+                self._changed.notify_all()
+
+    # ---- the threads that fill them ----
+
+    def check(self) -> None:
+        """To be called now and then: ends the work that has lost its purpose, or its time."""
+        if self._left:
+            raise _Left
+        self.deadline.check()
+
+    def count(self) -> None:
+        with self._changed:
+            self.decoded += 1
+
+    def put(self, slot: int, frame: Any) -> None:
+        """Frame number `slot`; waits while there is no room for it."""
+        number, place = divmod(slot, self.size)
+        size = (frame.width, frame.height)
+        check_size(self.name, *size, self.limits)
+        with self._changed:
+            self._frame_size = self._frame_size or size
+            self._changed.wait_for(lambda: number <= self._taken + _AHEAD or self._left)
+            if self._left:
+                raise _Left
+        if size != self._frame_size and not self.resize:
+            raise Misled
+        picture = self._picture(frame)
+        with self._changed:
+            self._shape = self._shape or picture.shape
+            if picture.shape != self._shape:
+                raise Misled
+            if number not in self._pixels:
+                self._pixels[number] = np.empty((self._missing[number], *self._shape), np.uint8)
+            pixels = self._pixels[number]
+        pixels[place] = picture
+        with self._changed:
+            self._missing[number] -= 1
+            self._changed.notify_all()
+
+    def _picture(self, frame: Any) -> np.ndarray:
+        if not hasattr(self._own, "convert"):  # one for all frames: each new one starts its own threads
+            self._own.convert = import_av().video.reformatter.VideoReformatter()
+        width, height = self._frame_size
+        plane = self._own.convert.reformat(frame, format="rgb24", width=width, height=height).planes[0]
+        rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
+        return upright(rows[:, : 3 * width].reshape(height, width, 3), frame)
+
+
+def check_size(name: str, width: int, height: int, limits: Limits) -> None:
+    """Raises `VideoReadError` for frames that are too large."""
+    if limits.frame_pixels is not None and width * height > limits.frame_pixels:
+        raise VideoReadError(
+            f"{name} has frames of {width} x {height}, {width * height:,} pixels, and limits.frame_pixels is "
+            f"{limits.frame_pixels:,}; raise it to read them."
+        )
+
+
+def check_count(name: str, frames: int, limits: Limits) -> None:
+    """Raises `VideoReadError` for too many frames."""
+    if limits.frames is not None and frames > limits.frames:
+        raise VideoReadError(
+            f"{name}: {frames:,} frames are asked for, and limits.frames is {limits.frames:,}; ask for fewer "
+            "(num_frames), or raise it."
+        )
+
+
+def upright(picture: np.ndarray, frame: Any) -> np.ndarray:
+    """A frame's picture [H, W, 3] mirrored and turned, as its display matrix says."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return picture
+    right, down, _, x, y, *_ = np.frombuffer(matrix, np.int32).tolist()  # where the picture's axes point
+    if right * y - down * x < 0:  # mirrored: first from left to right, and the axis points the other way
+        picture, right, down = picture[:, ::-1], -right, -down
+    return np.rot90(picture, round(-math.atan2(down, right) / (math.pi / 2)))  # counterclockwise
+
+
+__all__ = ["Chunks", "Misled", "check_count", "check_size", "upright"]
