@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 av = pytest.importorskip("av", reason="reading video files needs PyAV")
 
@@ -161,3 +162,25 @@ def test_what_a_turned_file_is(tmp_path):
     assert (info.width, info.height, info.rotation) == (64, 96, 90)
     clip = read_video(path, num_frames=1)
     assert clip.frames.shape[1:3] == (info.height, info.width)
+
+
+@pytest.mark.skipif(
+    not hasattr(av.video.stream.VideoStream, "set_display_matrix"),
+    reason="this PyAV cannot write rotation metadata (18 can)",
+)
+def test_scaled_frames(tmp_path):
+    """About what scaling whole frames gives, upright, in every form of a video."""
+    frames = moving_square(12, 96, 64)
+    path = write_video(tmp_path / "v.mp4", frames, rotation=90)
+    whole = read_video(path, num_frames=4)
+    assert whole.frames.shape == (4, 64, 96, 3)
+    for size in ((32, 48), (64, 96), (40, 41), (100, 130)):
+        pixels = torch.nn.functional.interpolate(
+            whole.frames.permute(0, 3, 1, 2), size, mode="bicubic", antialias=True
+        ).permute(0, 2, 3, 1)
+        for source in (path, whole.frames, list(whole.frames.numpy())):
+            small = read_video(source, num_frames=4, size=size)
+            assert small.frames.shape == (4, *size, 3)
+            assert (small.frames.float() - pixels.float()).abs().mean() < (4 if source is path else 1e-6)
+    with pytest.raises(ValueError, match=r"size must be a height and a width of at least 1, not \(0, 5\)"):
+        read_video(path, size=(0, 5))

@@ -31,13 +31,23 @@ class Chunks:
         name, limits, deadline: of the file.
         resize: whether frames of other sizes get that of the first; else they are `Misled`, because which is the first
             only a reading in order tells.
+        scale: height and width that upright frames are scaled to while they are converted.
 
     `decoded` counts the frames that were decoded so far.
     """
 
-    def __init__(self, name: str, limits: Limits, deadline: Deadline, count: int, size: int, resize: bool = False):
+    def __init__(
+        self,
+        name: str,
+        limits: Limits,
+        deadline: Deadline,
+        count: int,
+        size: int,
+        resize: bool = False,
+        scale: tuple[int, int] | None = None,
+    ):
         self.name, self.limits, self.deadline = name, limits, deadline
-        self.total, self.size, self.resize, self.decoded = count, size, resize, 0
+        self.total, self.size, self.resize, self.scale, self.decoded = count, size, resize, scale, 0
         self._changed, self._own = threading.Condition(), threading.local()
         self._frame_size: tuple[int, int] | None = None
         self._shape: tuple[int, ...] | None = None
@@ -129,8 +139,13 @@ class Chunks:
     def _picture(self, frame: Any) -> np.ndarray:
         if not hasattr(self._own, "convert"):  # one for all frames: each new one starts its own threads
             self._own.convert = import_av().video.reformatter.VideoReformatter()
-        width, height = self._frame_size
-        plane = self._own.convert.reformat(frame, format="rgb24", width=width, height=height).planes[0]
+        (width, height), how = self._frame_size, None
+        if self.scale is not None:
+            height, width = self.scale if _quarter_turns(frame)[0] % 2 == 0 else self.scale[::-1]
+            how = "BICUBIC" if (width, height) != self._frame_size else None
+        plane = self._own.convert.reformat(
+            frame, format="rgb24", width=width, height=height, interpolation=how
+        ).planes[0]
         rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
         return upright(rows[:, : 3 * width].reshape(height, width, 3), frame)
 
@@ -155,13 +170,20 @@ def check_count(name: str, frames: int, limits: Limits) -> None:
 
 def upright(picture: np.ndarray, frame: Any) -> np.ndarray:
     """A frame's picture [H, W, 3] mirrored and turned, as its display matrix says."""
+    turns, mirrored = _quarter_turns(frame)
+    return np.rot90(picture[:, ::-1] if mirrored else picture, turns)
+
+
+def _quarter_turns(frame: Any) -> tuple[int, bool]:
+    """How often it is turned by 90 degrees, counterclockwise, and whether it is mirrored from left to right before."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return picture
+        return 0, False
     right, down, _, x, y, *_ = np.frombuffer(matrix, np.int32).tolist()  # where the picture's axes point
-    if right * y - down * x < 0:  # mirrored: first from left to right, and the axis points the other way
-        picture, right, down = picture[:, ::-1], -right, -down
-    return np.rot90(picture, round(-math.atan2(down, right) / (math.pi / 2)))  # counterclockwise
+    mirrored = right * y - down * x < 0
+    if mirrored:  # then the axis points the other way
+        right, down = -right, -down
+    return round(-math.atan2(down, right) / (math.pi / 2)), mirrored
 
 
 __all__ = ["Chunks", "Misled", "check_count", "check_size", "upright"]

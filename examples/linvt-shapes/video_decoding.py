@@ -51,12 +51,20 @@ class VideoFile:
         name: for messages.
         threads: that decode; None for as many as PyTorch uses, which is one in a data loader's workers.
         limits: the seconds count from here.
+        scale: height and width that upright frames are scaled to.
 
     `decoded` counts the frames that were decoded so far.
     """
 
-    def __init__(self, source: Any, name: str, threads: int | None = None, limits: Limits | None = None):
-        self.source, self.name, self.decoded = source, name, 0
+    def __init__(
+        self,
+        source: Any,
+        name: str,
+        threads: int | None = None,
+        limits: Limits | None = None,
+        scale: tuple[int, int] | None = None,
+    ):
+        self.source, self.name, self.scale, self.decoded = source, name, scale, 0
         self.limits = limits or Limits()
         self.deadline = Deadline(name, self.limits)
         self.threads = threads or torch.get_num_threads()
@@ -122,7 +130,7 @@ class VideoFile:
 
     def _decode(self, index: VideoIndex, picks: list[int], size: int) -> Iterator[tuple[int, np.ndarray]]:
         stretches = _stretches(index, picks)
-        chunks = Chunks(self.name, self.limits, self.deadline, len(picks), size, resize=stretches is None)
+        chunks = Chunks(self.name, self.limits, self.deadline, len(picks), size, stretches is None, self.scale)
         if stretches is None:
             work = [lambda: self._from_the_start(index, picks, chunks)]
         else:

@@ -25,6 +25,7 @@ from .video_pictures import (
     parts_of_array,
     parts_of_images,
     parts_of_webp,
+    scaled,
     split,
 )
 from .video_sampling import Sampling
@@ -117,6 +118,7 @@ def read_video(
     end: float | None = None,
     exact: bool = True,
     on_error: Literal["raise", "keep"] = "raise",
+    size: tuple[int, int] | None = None,
     threads: int | None = None,
     limits: Limits | None = None,
 ) -> Clip:
@@ -139,6 +141,8 @@ def read_video(
         start, end: seconds; only what is shown in between is sampled.
         exact: False takes the nearest key frames instead, each once, which a long file gives much sooner.
         on_error: what becomes of a file that is damaged or cut short: an error, or, with "keep", what is left of it.
+        size: height and width of the frames, scaled (bicubic, antialiased) while they are converted: less memory and
+            time, where the model takes no larger ones. None for their own.
         threads: that decode a file; None for as many as PyTorch uses.
         limits: what the reading may take; None for `Limits()`.
 
@@ -149,7 +153,7 @@ def read_video(
     if isinstance(source, Clip):
         return source
     sampling = Sampling(num_frames, fps, indices, times, start, end)
-    for whole, _, frames in _parts(source, sampling, exact, on_error, threads, limits, None):
+    for whole, _, frames in _parts(source, sampling, exact, on_error, size, threads, limits, None):
         clip = Clip(frames, whole.times, whole.duration, whole.total_frames)
     return clip
 
@@ -202,6 +206,7 @@ def stream_video(
     end: float | None = None,
     exact: bool = True,
     on_error: Literal["raise", "keep"] = "raise",
+    size: tuple[int, int] | None = None,
     threads: int | None = None,
     limits: Limits | None = None,
 ) -> VideoStream:
@@ -216,7 +221,7 @@ def stream_video(
     if isinstance(source, Clip):
         return VideoStream(_parts_of_clip(source, chunk_size))
     sampling = Sampling(num_frames, fps, indices, times, start, end)
-    return VideoStream(_parts(source, sampling, exact, on_error, threads, limits, chunk_size))
+    return VideoStream(_parts(source, sampling, exact, on_error, size, threads, limits, chunk_size))
 
 
 # ---- every form of a video as parts: what the whole is, the number of frames before, uint8 [t, H, W, 3] ----
@@ -227,27 +232,31 @@ def _parts(
     sampling: Sampling,
     exact: bool,
     on_error: str,
+    size: tuple[int, int] | None,
     threads: int | None,
     limits: Limits | None,
-    size: int | None,
+    chunk_size: int | None,
 ) -> Parts:
-    """Of at most `size` frames; None for one part."""
+    """Of at most `chunk_size` frames; None for one part."""
     if on_error not in ("raise", "keep"):
         raise ValueError(f"on_error must be 'raise' or 'keep', not {on_error!r}.")
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ValueError(f"size must be a height and a width of at least 1, not {size}.")
     if isinstance(source, np.ndarray | torch.Tensor):
-        yield from parts_of_array(source, sampling, size)
+        yield from scaled(parts_of_array(source, sampling, chunk_size), size)
         return
     if isinstance(source, list | tuple):
-        yield from parts_of_images(source, sampling, size)
+        yield from scaled(parts_of_images(source, sampling, chunk_size), size)
         return
     limits = limits or Limits()
     with located(source, limits) as (file, name):
         if isinstance(file, list):
-            yield from parts_of_images(file, sampling, size, limits)
+            yield from scaled(parts_of_images(file, sampling, chunk_size, limits), size)
         elif is_webp(file):
-            yield from parts_of_webp(file, name, sampling, size, limits)
+            yield from scaled(parts_of_webp(file, name, sampling, chunk_size, limits), size)
         else:
-            yield from _parts_of_file(VideoFile(file, name, threads, limits), sampling, exact, on_error, size)
+            video = VideoFile(file, name, threads, limits, size)
+            yield from _parts_of_file(video, sampling, exact, on_error, chunk_size)
 
 
 def _parts_of_clip(clip: Clip, size: int) -> Parts:

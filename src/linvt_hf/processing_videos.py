@@ -15,7 +15,7 @@ from .video_reading import Clip, is_one_video, read_video, stream_video
 from .video_sources import has_times
 
 # What of `read_video`'s arguments a call may set, beside the processor's own.
-_READING = {"indices", "times", "start", "end", "exact", "on_error", "threads", "limits"}
+_READING = {"indices", "times", "start", "end", "exact", "on_error", "size", "threads", "limits"}
 
 
 class VideoProcessing:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 
 from .video_chunks import check_count, check_size
 from .video_index import VideoReadError
@@ -38,6 +39,15 @@ Parts = Iterator[tuple[Whole, int, torch.Tensor]]
 def split(count: int, size: int | None) -> list[slice]:
     size = size or count
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def scaled(parts: Parts, size: tuple[int, int] | None) -> Parts:
+    """With frames of another size, if one is given."""
+    for whole, first, frames in parts:
+        if size is not None and tuple(frames.shape[1:3]) != tuple(size):
+            pixels = F.interpolate(frames.permute(0, 3, 1, 2), tuple(size), mode="bicubic", antialias=True)
+            frames = pixels.permute(0, 2, 3, 1).contiguous()
+        yield whole, first, frames
 
 
 def is_one_video(value: Any) -> bool:
@@ -168,5 +178,6 @@ __all__ = [
     "parts_of_array",
     "parts_of_images",
     "parts_of_webp",
+    "scaled",
     "split",
 ]
