@@ -24,6 +24,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 SECONDS = {"10s": 10, "10min": 600, "2h": 7200}
@@ -286,9 +287,16 @@ def main() -> None:
                 for key, width, digits in (("processor_seconds", 12, 2), ("peak_megabytes_beside_frames", 8, 0)):
                     numbers.append(" " * width if row[key] is None else f"{row[key]:{width}.{digits}f}")
                 print(f"{name:21} {frames:6}  {reader:12} {' '.join(numbers)}  {row['decoded'] or ''}", flush=True)
-    if args.json:
-        made_with = {"machine": platform.machine(), "threads": args.threads, "commit": _commit()}
-        args.json.write_text(json.dumps({**made_with, "rows": rows}, indent=1) + "\n")
+        if args.json:  # after each file: this takes long
+            args.json.write_text(json.dumps({**_made_with(args.threads), "rows": rows}, indent=1) + "\n")
+
+
+def _made_with(threads: int) -> dict:
+    packages = {}
+    for name in ("av", "transformers", "opencv-python-headless", "opencv-python", "decord", "torchcodec"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
+    return {"machine": platform.machine(), "threads": threads, "commit": _commit(), **packages}
 
 
 def _commit() -> str:
