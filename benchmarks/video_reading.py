@@ -120,7 +120,9 @@ def least(path: str, frames: int, threads: int):
 
     video = video_decoding.VideoFile(path, path, threads)
     index = video.by_table() or video.by_packets()
-    stretches = video_decoding._stretches(index, _evenly(index.total, frames))
+    packets = [int(index.order[pick]) for pick in _evenly(index.total, frames)]
+    all_at_once = [video_decoding.Stretch(0, max(packets), {packet: slot for slot, packet in enumerate(packets)})]
+    stretches = video_decoding._stretches(index, _evenly(index.total, frames)) or all_at_once
     readers = min(threads, len(stretches))
     waiting = deque(video_decoding._joined(stretches, readers, frames))
 

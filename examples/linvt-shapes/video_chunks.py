@@ -13,6 +13,8 @@ from .video_sources import Deadline, Limits
 
 # Chunks that are decoded ahead of the one that is looked at (ours).
 _AHEAD = 2
+# Decoded frames that wait for their conversion (ours).
+_AT_ONCE = 4
 
 
 class Misled(Exception):
@@ -54,6 +56,8 @@ class Chunks:
         self._pixels: dict[int, np.ndarray] = {}
         self._missing = [min(size, count - first) for first in range(0, count, size)]
         self._taken, self._failure, self._left = 0, None, False
+        self._spare: ThreadPoolExecutor | None = None
+        self._few = threading.Semaphore(_AT_ONCE)
 
     @property
     def at_once(self) -> int:
@@ -62,12 +66,15 @@ class Chunks:
 
     # ---- whoever looks at them ----
 
-    def filled_by(self, work: Sequence[Callable[[], None]]) -> Iterator[tuple[int, np.ndarray]]:
+    def filled_by(
+        self, work: Sequence[Callable[[], None]], spare_thread: bool = False
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """
-        Each chunk with the number of frames before it, while `work`, each in a thread of its own, fills them. Raises
-        what one of these raises.
+        Each chunk with the number of frames before it, while `work`, each in a thread of its own, fills them; with a
+        spare thread for the conversion of what they decode. Raises what one of these raises.
         """
-        pool = ThreadPoolExecutor(len(work), "linvt-decode")
+        pool = ThreadPoolExecutor(len(work) + spare_thread, "linvt-decode")
+        self._spare = pool if spare_thread else None
         try:
             for each in work:
                 pool.submit(self._run, each)
@@ -123,7 +130,18 @@ class Chunks:
                 raise _Left
         if size != self._frame_size and not self.resize:
             raise Misled
-        picture = self._picture(frame)
+        if self._spare is None:
+            self._fill(number, place, frame)
+            return
+        while not self._few.acquire(timeout=1):  # each holds one of the decoder's pictures
+            self.check()
+        self._spare.submit(self._run, lambda: self._fill(number, place, frame, self._few.release))
+
+    def _fill(self, number: int, place: int, frame: Any, done: Callable[[], None] = lambda: None) -> None:
+        try:
+            picture = self._picture(frame)
+        finally:
+            done()
         with self._changed:
             self._shape = self._shape or picture.shape
             if picture.shape != self._shape:

@@ -1,6 +1,6 @@
 """Which frames a video file holds, when each is shown, and where decoding may begin."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -59,6 +59,7 @@ class VideoIndex:
     height: int
     time_base: Any
     rate: Any  # frames a second, by the header
+    promised: int  # frames, by the header; 0 where it does not tell
     from_frames: bool
     pts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     keys: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
@@ -138,11 +139,13 @@ class VideoIndex:
                 count += 1
                 yield frame
 
-    def finish(self, pts: list[int | None], durations: list[int | None], shown: list[bool]) -> None:
+    def finish(
+        self, pts: np.ndarray | list[int | None], durations: Sequence[int | None], shown: Sequence[bool]
+    ) -> None:
         """Order and times, from what is listed of each packet, or each frame."""
-        visible = np.flatnonzero(np.array(shown, bool))
-        known = None not in pts
-        self.pts = np.array(pts if known else np.zeros(len(pts)), np.int64)
+        visible = np.flatnonzero(np.asarray(shown, bool))
+        known = isinstance(pts, np.ndarray) or None not in pts
+        self.pts = np.asarray(pts if known else np.zeros(len(pts)), np.int64)
         self.order = visible[np.argsort(self.pts[visible], kind="stable")] if known else visible
         stamps = self.stamps
         gap = float(1 / self.rate) if self.rate else None
@@ -150,7 +153,7 @@ class VideoIndex:
             self.dated = bool((self._ascending[1:] > self._ascending[:-1]).all())
             self.times = (stamps - stamps[0]) * float(self.time_base)
             if last := durations[self.order[-1]]:
-                gap = float(last * self.time_base)
+                gap = float(int(last) * self.time_base)
             elif len(stamps) > 1:
                 gap = self.times[-1] / (len(stamps) - 1)
         elif gap:
@@ -166,7 +169,7 @@ def list_table(container: Any, stream: Any, file: Any) -> VideoIndex | None:
     if table is None:
         return None
     pts, index.keys, last = table
-    index.finish(pts.tolist(), [last] * len(pts), [True] * len(pts))
+    index.finish(pts, np.full(len(pts), last), np.ones(len(pts), bool))
     _judge(index, stream.codec_context)
     index.starts_whole = _key_test(index.codec, stream.codec_context.extradata)
     return index
@@ -222,6 +225,7 @@ def _header(container: Any, stream: Any, from_frames: bool) -> VideoIndex:
         height=context.height,
         time_base=stream.time_base,
         rate=stream.average_rate,
+        promised=stream.frames,
         from_frames=from_frames,
     )
 

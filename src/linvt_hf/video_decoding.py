@@ -22,6 +22,7 @@ import torch
 from .video_chunks import Chunks, Misled, check_count, check_size
 from .video_index import VideoIndex, VideoReadError, import_av, list_frames, list_packets, list_table
 from .video_sources import Deadline, Limits
+from .video_tables import missing_bytes
 
 # What libav may open: formats that hold their frames themselves. Playlists and their like open other files, and hosts.
 _FORMATS = (
@@ -110,7 +111,7 @@ class VideoFile:
         with self.opened(self.threads) as (container, stream):
             index = list_frames(container, stream, self.deadline.check)
         self.decoded += index.total
-        yield index
+        yield self._judged(index)
 
     def by_table(self) -> VideoIndex | None:
         """By an mp4 file's table of contents; None for other files."""
@@ -119,7 +120,13 @@ class VideoFile:
 
     def by_packets(self) -> VideoIndex:
         with self.opened() as (container, stream):
-            return list_packets(container, stream, self.deadline.check)
+            return self._judged(list_packets(container, stream, self.deadline.check))
+
+    def _judged(self, index: VideoIndex) -> VideoIndex:
+        whole = index.problem or index.total == index.promised
+        if not whole and (missing := missing_bytes(self.source)):
+            index.problem = f"its last {missing:,} bytes are missing"
+        return index
 
     def turned(self, index: VideoIndex) -> int:
         """By how many degrees, counterclockwise, the first frame is turned before it is shown; 0 if there is none."""
@@ -131,6 +138,7 @@ class VideoFile:
     def _decode(self, index: VideoIndex, picks: list[int], size: int) -> Iterator[tuple[int, np.ndarray]]:
         stretches = _stretches(index, picks)
         chunks = Chunks(self.name, self.limits, self.deadline, len(picks), size, stretches is None, self.scale)
+        readers = 1
         if stretches is None:
             work = [lambda: self._from_the_start(index, picks, chunks)]
         else:
@@ -142,7 +150,7 @@ class VideoFile:
             threads = max(self.threads // readers, 1)
             work = [lambda: self._read_stretches(index, waiting, chunks, threads)] * readers
         try:
-            yield from chunks.filled_by(work)
+            yield from chunks.filled_by(work, spare_thread=readers == 1 < self.threads)
         finally:
             self.decoded += chunks.decoded
 
@@ -244,9 +252,9 @@ class VideoFile:
 
 
 def _stretches(index: VideoIndex, picks: Sequence[int]) -> list[Stretch] | None:
-    """For each place where decoding begins, how far it goes; None if it only begins at the first packet."""
+    """For each place where decoding begins, how far it goes; None if nobody knows such places."""
     keys = np.flatnonzero(index.keys)
-    if not index.seekable or len(keys) < 2:
+    if not index.seekable or not len(keys):
         return None
     found: dict[int, Stretch] = {}
     for slot, pick in enumerate(picks):

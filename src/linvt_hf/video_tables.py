@@ -1,8 +1,10 @@
 """
-The frames of an mp4 or mov file by its table of contents, without reading what it contains: of hours of video in
-milliseconds. (ISO/IEC 14496-12; boxes by their four letters.)
+What the tables of a file tell without reading what it contains: the frames of an mp4 or mov file, of hours of video in
+milliseconds (ISO/IEC 14496-12; boxes by their four letters); and of Matroska, WebM and AVI whether all of it is there
+(RFC 8794 and 9559; RIFF).
 """
 
+import contextlib
 import io
 import struct
 from collections.abc import Iterator
@@ -29,12 +31,48 @@ def mp4_table(file: Any, track: int) -> tuple[np.ndarray, np.ndarray, int] | Non
         track: the number of the video's track.
     """
     try:
-        if isinstance(file, str):
-            with open(file, "rb") as opened:
-                return _read(opened, track)
-        return _read(io.BytesIO(file) if isinstance(file, bytes) else file, track)
+        with _opened(file) as opened:
+            return _read(opened, track)
     except (_Unusable, OSError, ValueError, IndexError, KeyError, struct.error):
         return None
+
+
+def missing_bytes(file: Any) -> int:
+    """By how many bytes a Matroska, WebM or AVI file is shorter than it says; 0 where that does not show."""
+    try:
+        with _opened(file) as opened:
+            length = opened.seek(0, io.SEEK_END)
+            opened.seek(0)
+            head = opened.read(2**12)
+            return max(_promised(head) - length, 0)
+    except (OSError, IndexError):
+        return 0
+
+
+def _promised(head: bytes) -> int:
+    """The length of a file by its first bytes."""
+    if head[:4] == b"RIFF":
+        size = int.from_bytes(head[4:8], "little")
+        return 8 + size if size < 2**32 - 8 else 0  # as long as it lasts
+    at = 0
+    for element in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):  # EBML, and the Segment that holds all else
+        if head[at : at + 4] != element:
+            return 0
+        width = 9 - head[at + 4].bit_length()  # of the size, by its leading zeros
+        size = int.from_bytes(head[at + 4 : at + 4 + width], "big") & ((1 << 7 * width) - 1)
+        if size == (1 << 7 * width) - 1:  # as long as it lasts: a live stream
+            return 0
+        at += 4 + width + size
+    return at
+
+
+@contextlib.contextmanager
+def _opened(file: Any) -> Iterator[Any]:
+    if isinstance(file, str):
+        with open(file, "rb") as opened:
+            yield opened
+    else:
+        yield io.BytesIO(file) if isinstance(file, bytes) else file
 
 
 def _read(file: Any, track: int) -> tuple[np.ndarray, np.ndarray, int]:
