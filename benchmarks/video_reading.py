@@ -8,8 +8,8 @@ take seconds to write. Every reading is a process of its own, which reads the sa
 take turns, and each number is the median over the repeats; what took half a minute is not repeated. Readers: ours;
 `streamed`, ours 32 frames at a time; `least`, the decoding alone of the frames that are wanted or that a wanted one
 needs, on as many threads, as if all else took no time; `sequential`, PyAV from the first frame to the last that is
-wanted; transformers (its PyAV reader), torchcodec, OpenCV and decord where they are installed. Those that decode all
-that comes before a frame (`sequential` and transformers) read no files of hours.
+wanted; transformers (its PyAV reader, which spaces frames its own way), torchcodec, OpenCV and decord where they are
+installed. Those that decode all that comes before a frame (`sequential` and transformers) read no files of hours.
 """
 
 import argparse
