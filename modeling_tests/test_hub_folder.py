@@ -115,7 +115,17 @@ def test_travelling_files_stand_alone():
     """They import each other, torch, transformers, their own dependencies and the standard library, nothing else."""
     import ast
 
-    allowed = {"torch", "transformers", "einops", "av", "numpy", "PIL", "huggingface_hub", *sys.stdlib_module_names}
+    allowed = {
+        "torch",
+        "transformers",
+        "einops",
+        "av",
+        "numpy",
+        "PIL",
+        "huggingface_hub",
+        "safetensors",
+        *sys.stdlib_module_names,
+    }
     package = Path(__file__).parent.parent / "src" / "linvt_hf"
     flat = {path.stem for path in package.glob("*.py")} - {"__init__", "cli"}
     for name in flat:

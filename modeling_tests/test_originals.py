@@ -121,7 +121,7 @@ def test_an_image_and_three_turns(name):
 @every_checkpoint
 def test_frames(name, monkeypatch):
     """With pixels as PIL makes them; how near torch comes to these is in test_frames_to_pixels.py."""
-    monkeypatch.setattr("linvt_hf.processing_linvt.frames_to_pixels", lambda *_: None)
+    monkeypatch.setattr("linvt_hf.processing_videos.frames_to_pixels", lambda *_: None)
     model, processor = converted(name)
     frames = [picture(64, 48, seed) for seed in range(3)]
     expected = CASES[name].frame_tokens(published(name), frames)  # [T, N, D]

@@ -240,7 +240,7 @@ def test_what_cannot_be_encoded(files):
     narrow = EncodedVideo(video.tokens[..., 1:], video.grid)
     with pytest.raises(ValueError, match=f"tokens of width {model.config.hidden_size - 1}, and this model's are"):
         model.generate(**encode(processor, chat(narrow, "Who?")))
-    with pytest.raises(ValueError, match="frame_features or encoded_videos, and none of them was given"):
+    with pytest.raises(ValueError, match="frame_features and encoded_videos; none was given"):
         model.get_video_features()
 
 

@@ -132,9 +132,9 @@ class VideoMixin:
         forms = dict(zip(FRAMES_INPUTS, (pixel_values_videos, frame_features, encoded_videos), strict=True))
         given = [name for name, value in forms.items() if value is not None]
         if len(given) != 1:
+            found = f"{' and '.join(given)} were given" if given else "none was given"
             raise ValueError(
-                f"A video's frames are {', '.join(FRAMES_INPUTS[:-1])} or {FRAMES_INPUTS[-1]}, and "
-                f"{' and '.join(given) if given else 'none'} of them was given; give one."
+                f"A video's frames are one of {', '.join(FRAMES_INPUTS[:-1])} and {FRAMES_INPUTS[-1]}; {found}."
             )
         if encoded_videos is not None:
             num_frames = [video.num_frames for video in encoded_videos]
