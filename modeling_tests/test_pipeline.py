@@ -45,6 +45,17 @@ def test_every_way_to_call(tmp_path):
     assert list(lazily) == [expected] * 3
 
 
+def test_videos_read_in_processes_of_their_own(tmp_path):
+    pipe = pipe_of()
+    path = str(write_video(tmp_path / "v.mp4", moving_square(12)))
+    inputs = [{"video": path, "question": question} for question in QUESTIONS]
+    here = pipe(inputs, num_frames=5, **SETTINGS)
+    assert pipe(inputs, num_frames=5, num_workers=2, batch_size=2, **SETTINGS) == here
+    options = {"choices": ["red", "blue"], "num_frames": 5}
+    for there, one in zip(pipe(inputs, num_workers=2, **options), pipe(inputs, **options), strict=True):
+        assert [answer["answer"] for answer in there] == [answer["answer"] for answer in one]
+
+
 def test_a_chat_needs_no_video():
     pipe = pipe_of()
     model, processor = wrapped("internvl_qwen2")

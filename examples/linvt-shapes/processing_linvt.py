@@ -23,7 +23,7 @@ OWN_PROCESSORS = {processor.__name__: processor for processor in (Blip3Processor
 _TEXT_PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
 
 
-class LinVTProcessor(VideoProcessing, ProcessorMixin):
+class LinVTProcessor(ProcessorMixin, VideoProcessing):
     """
     Texts, images and videos to model inputs. Images and text go through the base's own processor; a video's frames go
     through the base's image processor, one picture each, and its placeholder in the prompt becomes M video tokens.
@@ -300,7 +300,7 @@ class LinVTProcessor(VideoProcessing, ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         base = super() if self.base_processor is None else self.image_text_processor()
-        frames = ["pixel_values_videos", "encoded_videos", *(f"frames_{name}" for name in self.frame_inputs)]
+        frames = ["pixel_values_videos", *(f"frames_{name}" for name in self.frame_inputs)]
         videos = ["num_frames", "frame_times", "question_ids", "question_mask"]
         return [*base.model_input_names, *frames, *videos]
 
