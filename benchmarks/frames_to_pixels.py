@@ -2,23 +2,24 @@
 Frames to pixels: ours in torch beside each base's own image processor, which goes through PIL where torchvision is
 not installed.
 
-    python benchmarks/frames_to_pixels.py [--frames 64] [--size 720 1280] [--repeats 5] [--threads 2] [--json FILE]
+    python benchmarks/frames_to_pixels.py [--frames 64] [--size 720 1280] [--repeats 5] [--threads 2] [--device cuda]
 
 The image processors have the settings of the published checkpoints. Both ways start at the frames as they were
-decoded, uint8 [T, H, W, 3], and take turns; the numbers are medians.
+decoded, uint8 [T, H, W, 3] on the CPU, and take turns; the numbers are medians. With torchvision the image processors
+get the frames as tensors, on the device too; without it as PIL images, and the device is ours alone.
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from measuring import environment, save, wait
 from PIL import Image
 from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
+from transformers.utils import is_torchvision_available
 
 from linvt_hf.frames_to_pixels import frames_to_pixels
 from linvt_hf.image_llm import BASES
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=[720, 1280], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -50,25 +52,29 @@ def main() -> None:
     smooth = torch.nn.functional.interpolate(coarse, args.size, mode="bicubic").clamp(0, 1)
     frames = (255 * smooth).byte().permute(0, 2, 3, 1).contiguous()
     rows = []
-    print(f"{args.frames} frames of {args.size[0]} x {args.size[1]}, {args.threads} threads, {platform.machine()}")
+    made_with = {**environment(args.device), "torchvision": is_torchvision_available()}
+    print(f"{args.frames} frames of {args.size[0]} x {args.size[1]}, {made_with}")
     print("base        their own s   ours s   ratio")
     for name, (kind, settings, frame_kwargs) in PUBLISHED.items():
         image_processor = get_image_processor_class_from_name(kind)(**settings)
         times: dict[str, list[float]] = {"theirs": [], "ours": []}
         for _ in range(args.repeats):
             began = time.perf_counter()
-            pictures = [[Image.fromarray(frame)] for frame in frames.numpy()]
+            if made_with["torchvision"]:
+                pictures = [[frame] for frame in frames.to(args.device).permute(0, 3, 1, 2)]
+            else:
+                pictures = [[Image.fromarray(frame)] for frame in frames.numpy()]
             image_processor(pictures, return_tensors="pt", **frame_kwargs)
+            wait(args.device)
             times["theirs"].append(time.perf_counter() - began)
             began = time.perf_counter()
-            frames_to_pixels(frames, image_processor, frame_kwargs)
+            frames_to_pixels(frames.to(args.device), image_processor, frame_kwargs)
+            wait(args.device)
             times["ours"].append(time.perf_counter() - began)
         theirs, ours = (statistics.median(times[way]) for way in ("theirs", "ours"))
         rows.append({"base": name, "theirs": theirs, "ours": ours})
         print(f"{name:10} {theirs:12.2f} {ours:8.3f} {theirs / ours:7.1f}", flush=True)
-    if args.json:
-        made_with = {"machine": platform.machine(), "threads": args.threads, "torch": torch.__version__}
-        args.json.write_text(json.dumps({**made_with, "rows": rows}, indent=1) + "\n")
+    save(args.json, {**made_with, "frames": args.frames, "size": args.size, "rows": rows})
 
 
 if __name__ == "__main__":

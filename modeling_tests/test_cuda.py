@@ -9,13 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from test_frames_to_pixels import PUBLISHED, frames_of
+from test_frames_to_pixels import published as published_processor
 from test_originals import published
 from tiny_bases import NAMED
 from tiny_models import TINY_LINVT, chat, encode, noise_video, wrapped
 from training_data import losses, recipe
 from transformers import TrainerCallback
 
-from linvt_hf import LinVTForConditionalGeneration, VideoQuestionAnsweringPipeline, wrap
+from linvt_hf import EncodedVideo, LinVTForConditionalGeneration, VideoQuestionAnsweringPipeline, wrap
+from linvt_hf.frames_to_pixels import frames_to_pixels
 from linvt_hf.training import LoraSettings, load_adapter, train
 
 pytestmark = [
@@ -108,6 +111,36 @@ def test_memory_follows_the_chunk_not_the_video():
 
     peak(20)
     assert peak(200) < 3 * peak(20)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_frames_to_pixels(name):
+    """To a level of 255 on average, and two at most, as on the CPU."""
+    image_processor, frame_kwargs = published_processor(name)
+    frames = frames_of(360, 640)
+    both = (frames_to_pixels(one, image_processor, frame_kwargs)["pixel_values"] for one in (frames, frames.cuda()))
+    cpu, gpu = both
+    levels = (gpu.cpu() - cpu).abs() * 255 * min(image_processor.image_std)
+    assert gpu.is_cuda and levels.mean() < 1 and levels.max() < 2.01
+
+
+@pytest.mark.parametrize("stored", [40, 65_536])
+def test_encoded_videos(stored, tmp_path):
+    """Frames become pixels on the GPU, tokens are stored there, and the CPU's answer comes from what was saved."""
+    model, processor = copy.deepcopy(wrapped("internvl_qwen2"))
+    for part in (model, model.video_tokenizer, model.video_tokenizer.scorer):
+        part.config.num_stored_tokens, part.config.score_window, part.config.score_overlap = stored, 8, 4
+    gpu = copy.deepcopy(model).cuda()
+    videos = [noise_video(30, seed=1), noise_video(5, seed=2)]
+    expected, found = (one.encode_videos([processor.stream(video) for video in videos]) for one in (model, gpu))
+    for one, other in zip(expected, found, strict=True):
+        assert other.tokens.values.is_cuda and torch.equal(one.tokens.index, other.tokens.index.cpu())
+        torch.testing.assert_close(other.tokens.values.cpu(), one.tokens.values, atol=0.02, rtol=0.02)
+    found[0].save(tmp_path / "video.safetensors")
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    inputs = [encode(processor, chat(video, "Who?")) for video in (EncodedVideo.load(tmp_path / "video.safetensors"),)]
+    moved = {key: value.cuda() if key != "encoded_videos" else value for key, value in inputs[0].items()}
+    assert torch.equal(gpu.generate(**moved, **settings).cpu(), model.generate(**inputs[0], **settings))
 
 
 def test_pipeline(tmp_path):

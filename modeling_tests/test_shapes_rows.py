@@ -81,7 +81,7 @@ def test_temporal_positions(name):
     model = build(name)
     told = []
     scorer, aggregator = model.video_tokenizer.scorer, model.video_tokenizer.aggregator
-    scorer.register_forward_pre_hook(lambda module, inputs: told.append(inputs[2]))  # after the row's own hooks
+    scorer.embed_time.register_forward_pre_hook(lambda module, inputs: told.append(inputs[0]))  # after the row's own
     aggregator.register_forward_pre_hook(lambda module, inputs: told.extend(x.places[..., 0] for x in inputs[:2]))
     for times in (None, torch.arange(16.0).square().expand(2, -1)):
         with torch.no_grad():

@@ -1,5 +1,7 @@
 """Videos a few frames at a time: the frames of one reading, in bounded memory, and what a model makes of them."""
 
+import copy
+import dataclasses
 import threading
 import time
 
@@ -164,7 +166,7 @@ def test_encoded_is_what_the_pixels_give(name):
     encoded = model.encode_videos(streams, lambda done, total: told.append((done, total)))
     assert told == [(3, 7), (4, 7), (6, 7), (7, 7)]  # 4 frames are the processor's most
     for video, stream in zip(encoded, streams, strict=True):
-        assert video.num_frames == stream.num_frames and video.tokens.shape[2] == model.config.hidden_size
+        assert video.num_frames == stream.num_frames and video.tokens.values.shape[2] == model.config.hidden_size
     pixels = encode(processor, *messages)
     given = encode(processor, *(chat(v, m[0]["content"][1]["text"]) for v, m in zip(encoded, messages, strict=True)))
     assert "pixel_values_videos" not in given and given["encoded_videos"] == encoded
@@ -196,13 +198,16 @@ def test_saved_and_loaded(files, tmp_path):
     video = model.encode_video(processor.stream(files["groups.mp4"], num_frames=5))
     video.save(tmp_path / "video.safetensors")
     loaded = EncodedVideo.load(tmp_path / "video.safetensors")
-    assert torch.equal(loaded.tokens, video.tokens) and torch.equal(loaded.times, video.times)
+    for name, tensor in video.tokens.tensors().items():
+        assert torch.equal(loaded.tokens.tensors()[name], tensor)
+    assert torch.equal(loaded.times, video.times) and torch.equal(loaded.made_by, video.made_by)
+    assert loaded.nbytes == video.nbytes > video.tokens.values.nbytes
     assert (loaded.grid, loaded.duration, loaded.num_frames) == (video.grid, video.duration, 5)
     pictures = model.encode_video(processor.stream(noise_video(4)))
     pictures.save(tmp_path / "pictures.safetensors")
     loaded = EncodedVideo.load(tmp_path / "pictures.safetensors")
     assert loaded.times is None and loaded.duration is None
-    assert loaded.to(torch.bfloat16).tokens.dtype is torch.bfloat16
+    assert loaded.to(dtype=torch.bfloat16).tokens.values.dtype is torch.bfloat16
     (tmp_path / "text.safetensors").write_text("no tensors")
     with pytest.raises(ValueError, match=r"text\.safetensors is no encoded video"):
         EncodedVideo.load(tmp_path / "text.safetensors")
@@ -237,11 +242,25 @@ def test_what_cannot_be_encoded(files):
         encode(processor, chat(video, "Who?"), chat(noise_video(4), "Who?"))
     with pytest.raises(ValueError, match="An encoded video has its frames already"):
         processor(videos=video, num_frames=3)
-    narrow = EncodedVideo(video.tokens[..., 1:], video.grid)
+    narrow = dataclasses.replace(video, tokens=dataclasses.replace(video.tokens, values=video.tokens.values[..., 1:]))
     with pytest.raises(ValueError, match=f"tokens of width {model.config.hidden_size - 1}, and this model's are"):
         model.generate(**encode(processor, chat(narrow, "Who?")))
     with pytest.raises(ValueError, match="frame_features and encoded_videos; none was given"):
         model.get_video_features()
+
+
+def test_of_another_linvt(files):
+    """Other precision is no other model, and a saved model is the same."""
+    model, processor = wrapped("internvl_qwen2")
+    video = model.encode_video(processor.stream(files["groups.mp4"], num_frames=5))
+    inputs = encode(processor, chat(video, "Who?"))
+    copy.deepcopy(model).to(torch.bfloat16).generate(**inputs, max_new_tokens=1)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.video_tokenizer.scorer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    with pytest.raises(ValueError, match=r"scored by another LinVT \(their scorers differ by \d+%, and by 5%"):
+        other.generate(**inputs, max_new_tokens=1)
 
 
 def test_the_pipeline_takes_and_tells(files, tmp_path):
@@ -265,3 +284,54 @@ def test_the_pipeline_takes_and_tells(files, tmp_path):
     assert pipe(video=video, question="Who?", **choices) == pipe(video=path, question="Who?", num_frames=7, **choices)
     with pytest.raises(ValueError, match="A block of type 'video' holds type; give it a 'video'"):
         pipe([{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Who?"}]}])
+
+
+def test_of_a_long_video_so_much_is_stored(files, tmp_path):
+    """And the next question needs no more."""
+    model, processor = wrapped("internvl_qwen2")
+    model = copy.deepcopy(model)
+    for part in (model, model.video_tokenizer, model.video_tokenizer.scorer):
+        part.config.num_stored_tokens, part.config.score_window, part.config.score_overlap = 40, 8, 4
+    video = model.encode_video(processor.stream(files["groups.mp4"], num_frames=30))
+    assert video.tokens.values.shape[1] == 40 and video.tokens.dropped is not None
+    video.save(tmp_path / "long.safetensors")
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    one, other = (
+        model.generate(**encode(processor, chat(source, "Who?")), **settings)
+        for source in (video, EncodedVideo.load(tmp_path / "long.safetensors"))
+    )
+    assert torch.equal(one, other)
+    features = model.get_video_features(encoded_videos=[video])
+    assert features.scores[0].isfinite().sum() == 40 and features.scores[0].shape == (30, video.tokens.places)
+
+
+def test_a_video_is_encoded_once(files, tmp_path, monkeypatch):
+    model, processor = wrapped("internvl_qwen2")
+    pipe = VideoQuestionAnsweringPipeline(model=model, processor=processor, device="cpu")
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    encoded, features = [], type(model.image_llm).features
+    monkeypatch.setattr(
+        type(model.image_llm),
+        "features",
+        lambda self, base, pixels: (encoded.append(len(pixels)), features(self, base, pixels))[1],
+    )
+    path = tmp_path / "v.mp4"
+    path.write_bytes(files["groups.mp4"].read_bytes())
+    first = pipe(video=path, question=["Who?", "Where?", "Why?"], **settings)
+    assert sum(encoded) == 4
+    assert [pipe(video=path, question=question, **settings) for question in ("Who?", "Where?", "Why?")] == first
+    assert sum(encoded) == 4
+    pipe(video=path, question="Who?", num_frames=2, **settings)  # sampled otherwise
+    assert sum(encoded) == 6
+    path.write_bytes(files["groups.mkv"].read_bytes())  # another file under its name
+    pipe(video=path, question="Who?", num_frames=2, **settings)
+    assert sum(encoded) == 8
+    frames = noise_video(3)
+    batch = [{"video": frames, "question": question} for question in ("Who?", "Where?", "Why?")]
+    pipe(batch, batch_size=3, **settings)
+    assert sum(encoded) == 11
+    frames[:] = 0  # an array may change between calls
+    changed = pipe(batch, batch_size=3, **settings)
+    assert sum(encoded) == 14 and changed == pipe(
+        [{**one, "video": frames.copy()} for one in batch], batch_size=3, **settings
+    )

@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from linvt_hf import video_tokenizer
 from linvt_hf.configuration_linvt import LinVTConfig
-from linvt_hf.token_refiner import Candidates, PoolingWindows, Remainder, novelty, select_top_k
+from linvt_hf.running_tokens import RunningTokens, best_of_each
+from linvt_hf.token_refiner import Candidates, PoolingWindows, Remainder, VideoTokens, number_tokens, select_top_k
+from linvt_hf.token_scorer import change_of, novelty, windows_of
 from linvt_hf.tokenizer_parts import PlaceEmbedding
 from linvt_hf.video_tokenizer import LinearVideoTokenizer, normalise_times
 
@@ -70,6 +72,24 @@ def run(model, *args, **kwargs):
 
 def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def top_k(scores, frame_mask, k):
+    """Of scores [B, T, N]."""
+    index, mask = number_tokens(frame_mask, scores.shape, scores.device)
+    return select_top_k(scores.flatten(1), index, scores.shape[2], mask, k)
+
+
+def news_of(tokens, frame_mask):
+    """Of tokens [B, T, N, D]."""
+    change = change_of(tokens, frame_mask)
+    return novelty(change.flatten(1), change.amax(dim=(1, 2))).view_as(change)
+
+
+def remainder(scores, index, kept, count):
+    """Of scores [B, T, N], of evenly spaced frames."""
+    tokens = fresh().refine(torch.ones(*scores.shape, WIDTH))
+    return Remainder(scores.flatten(1), tokens, index, kept, count)
 
 
 def differs(a, b) -> float:
@@ -441,7 +461,7 @@ def test_uneven_times_move_weights():
 
 def test_top_k_takes_the_highest_scores_in_the_videos_order():
     scores = torch.randperm(60, generator=torch.Generator().manual_seed(0)).view(2, 5, 6).float()
-    index, mask = select_top_k(scores, None, 7)
+    index, mask = top_k(scores, None, 7)
     assert mask.all() and index.shape == (2, 7)
     assert (index.diff() > 0).all()
     best = scores.flatten(1).topk(7).indices.sort().values
@@ -452,7 +472,7 @@ def test_top_k_leaves_padding_out_and_puts_it_last():
     scores = torch.randn(3, 4, 3)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 0, 0]]).bool()
     scores[~mask] = 100.0  # padding may score anything
-    index, kept = select_top_k(scores, mask, 8)
+    index, kept = top_k(scores, mask, 8)
     assert kept.sum(-1).tolist() == [8, 6, 3]
     assert index[1, :6].tolist() == list(range(6))
     assert index[2, :3].tolist() == [3, 4, 5]
@@ -462,7 +482,7 @@ def test_top_k_leaves_padding_out_and_puts_it_last():
 
 @pytest.mark.parametrize("mask", [None, torch.ones(1, 2, dtype=torch.bool)])
 def test_k_above_the_number_of_tokens_keeps_all(mask):
-    index, kept = select_top_k(torch.randn(1, 2, 3), mask, 1000)
+    index, kept = top_k(torch.randn(1, 2, 3), mask, 1000)
     assert index.tolist() == [list(range(6))]
     assert kept.all()
 
@@ -473,7 +493,7 @@ def test_k_above_the_number_of_tokens_keeps_all(mask):
 )
 def test_ties_spread_over_the_video(places):
     frames, k = 64, 1024
-    index, _ = select_top_k(torch.zeros(1, frames, places), None, k)
+    index, _ = top_k(torch.zeros(1, frames, places), None, k)
     per_frame = (index[0] // places).bincount(minlength=frames)
     assert per_frame.min() >= 0.75 * k / frames and per_frame.max() <= 1.25 * k / frames
     # No corner of the picture is never seen, nor one place kept in frame after frame.
@@ -484,7 +504,7 @@ def test_ties_spread_over_the_video(places):
 
 def test_a_fresh_tokenizer_samples_every_moment():
     model = fresh(bottleneck_size=64, num_selected_tokens=64, **PLAIN)
-    index, _ = select_top_k(run(model, video(1, 16, 16)).scores, None, 64)
+    index, _ = top_k(run(model, video(1, 16, 16)).scores, None, 64)
     per_frame = (index[0] // 16).bincount(minlength=16)
     assert per_frame.min() >= 2 and per_frame.max() <= 6
 
@@ -492,7 +512,7 @@ def test_a_fresh_tokenizer_samples_every_moment():
 def test_without_a_remainder_selected_tokens_are_the_only_ones_weighed():
     model, tokens = trained(**PLAIN), video(1, 5, 7)
     out = run(model, tokens)
-    index, _ = select_top_k(out.scores, None, 10)
+    index, _ = top_k(out.scores, None, 10)
     used = (out.weights[0] > 0).any(0).nonzero().flatten()
     assert torch.equal(used, index[0])
 
@@ -503,7 +523,7 @@ def test_without_a_remainder_selected_tokens_are_the_only_ones_weighed():
 def test_novelty_is_where_a_picture_changes():
     tokens = video(1, 1, 6).expand(1, 8, 6, WIDTH).clone()
     tokens[0, 5:, 2] = video(1, 1, 1, seed=9)[0, 0, 0]
-    change = novelty(tokens, None)
+    change = news_of(tokens, None)
     assert change.shape == (1, 8, 6)
     expected = (1 - torch.nn.functional.cosine_similarity(tokens[0, 5, 2], tokens[0, 4, 2], dim=0)).item()
     first = 1 - torch.nn.functional.cosine_similarity(tokens[0, 0], tokens[0, 0].mean(dim=0, keepdim=True), dim=-1)
@@ -512,60 +532,54 @@ def test_novelty_is_where_a_picture_changes():
     close(change[0, 5, 2], torch.tensor(expected / largest - 0.5))
     change[0, 0], change[0, 5, 2] = -0.5, -0.5
     close(change, torch.full_like(change, -0.5))
-    close(novelty(3 * tokens, None), novelty(tokens, None))  # whatever the scale
+    close(news_of(3 * tokens, None), news_of(tokens, None))  # whatever the scale
 
 
 def test_novelty_of_a_video_of_one_colour_is_finite():
-    assert novelty(torch.ones(1, 4, 6, WIDTH), None).isfinite().all()
+    assert news_of(torch.ones(1, 4, 6, WIDTH), None).isfinite().all()
 
 
 def test_novelty_knows_padding():
     tokens = video(2, 4, 3)
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]]).bool()
-    change = novelty(tokens, mask)
-    close(change[0, :3], novelty(tokens[:1, :3], None)[0])
-    close(change[1, 1:], novelty(tokens[1:, 1:], None)[0])
+    change = news_of(tokens, mask)
+    close(change[0, :3], news_of(tokens[:1, :3], None)[0])
+    close(change[1, 1:], news_of(tokens[1:, 1:], None)[0])
     tokens[0, 3], tokens[1, 0] = 99, -99
-    close(novelty(tokens, mask)[mask], change[mask])
+    close(news_of(tokens, mask)[mask], change[mask])
 
 
 def test_a_fresh_tokenizer_keeps_the_only_event_of_a_quiet_video():
     tokens = video(1, 1, 16).expand(1, 64, 16, WIDTH).clone()
     tokens[0, 40:42, 3] = video(1, 1, 1, seed=9)[0, 0, 0]
     out = run(fresh(num_selected_tokens=32), tokens)
-    index, _ = select_top_k(out.scores, None, 32)
+    index, _ = top_k(out.scores, None, 32)
     assert 40 * 16 + 3 in index[0].tolist()
 
 
 def test_the_remainder_averages_what_is_left_by_stretches_of_time():
     scores = torch.zeros(1, 4, 3)
     index, kept = torch.tensor([[0, 1, 2, 4]]), torch.ones(1, 4, dtype=torch.bool)
-    times = normalise_times(None, None, 1, 4, "cpu")
-    rest = Remainder(scores, index, kept, None, times, 2)
+    rest = remainder(scores, index, kept, 2)
     assert rest.mask.tolist() == [[True, True]]
     expected = torch.zeros(2, 12)
     expected[0, [3, 5]] = 1 / 2  # frames 0 and 1, without the four that were kept
     expected[1, 6:] = 1 / 6
     close(rest.share[0], expected)
-    values = video(1, 4, 3)
-    close(rest.pool(values)[0], expected @ values.flatten(1, 2)[0])
+    values = video(1, 4, 3).flatten(1, 2)
+    close(rest.pool(values, None)[0], expected @ values[0])
     close(rest.log_significance, torch.zeros(1, 2))
 
 
 def test_significant_tokens_weigh_more_in_the_remainder():
     scores = torch.randn(1, 2, 4)
-    rest = Remainder(
-        scores, torch.tensor([[0]]), torch.ones(1, 1).bool(), None, normalise_times(None, None, 1, 2, "cpu"), 1
-    )
+    rest = remainder(scores, torch.tensor([[0]]), torch.ones(1, 1).bool(), 1)
     close(rest.share[0, 0, 1:], scores.flatten()[1:].softmax(0))
     close(rest.log_significance[0, 0], scores.flatten()[1:].exp().mean().log())
 
 
 def test_stretches_without_a_remainder_weigh_nothing():
-    index = torch.arange(6)[None]
-    rest = Remainder(
-        torch.zeros(1, 4, 3), index, torch.ones(1, 6).bool(), None, normalise_times(None, None, 1, 4, "cpu"), 2
-    )
+    rest = remainder(torch.zeros(1, 4, 3), torch.arange(6)[None], torch.ones(1, 6).bool(), 2)
     assert rest.mask.tolist() == [[False, True]]
     assert (rest.share[0, 0] == 0).all() and rest.share.isfinite().all()
 
@@ -573,7 +587,7 @@ def test_stretches_without_a_remainder_weigh_nothing():
 def test_scores_learn_from_tokens_that_were_not_kept():
     model = fresh(num_selected_tokens=2)
     tokens = video(1, 4, 3)
-    index, _ = select_top_k(run(model, tokens).scores, None, 2)
+    index, _ = top_k(run(model, tokens).scores, None, 2)
     scores = []
     model.scorer.register_forward_hook(lambda module, inputs, output: scores.append(output[1]))
     out = model(tokens)
@@ -782,6 +796,22 @@ def test_compiles_whole():
     close(found.weights, expected.weights)
 
 
+def test_compiled_once_for_ten_lengths():
+    """Of videos and of questions."""
+    model, programs = trained(), []
+
+    def backend(program, inputs):
+        programs.append(program)
+        return program.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for frames in (9, 10, 12, 17, 20, 33, 50, 77, 100, 200):
+        tokens, text = video(1, frames, 16), question(words=frames % 13 + 2)
+        expected, found = (run(one, tokens, text_embeds=text) for one in (model, compiled))
+        close(found.video_tokens, expected.video_tokens)
+    assert len(programs) == 1
+
+
 def test_nothing_depends_on_the_values():
     # On the meta device there are none: anything read back to Python, or made on another device, raises.
     inputs = {name: value.to("meta") for name, value in BATCH.items()}
@@ -889,3 +919,138 @@ def test_default_size_at_a_real_width():
 def test_width_must_be_known():
     with pytest.raises(ValueError, match="neither base_config nor hidden_size"):
         LinearVideoTokenizer(LinVTConfig())
+
+
+# ---- long videos: windows, frames that come a few at a time, and what is stored of them ----
+
+
+def streamed(model, tokens, times=None, chunk=5) -> VideoTokens:
+    """Of one video [1, T, N, D], a few frames at a time."""
+    running = RunningTokens(model, tokens.shape[1], times, (2, 2))
+    for part in tokens[0].split(chunk):
+        running.add(part)
+    return running.finish()
+
+
+def same_tokens(one: VideoTokens, other: VideoTokens) -> None:
+    assert one.tensors().keys() == other.tensors().keys()
+    for name, value in one.tensors().items():
+        close(value, other.tensors()[name])
+
+
+@pytest.mark.parametrize(("frames", "size", "overlap"), [(8, 8, 2), (9, 8, 2), (30, 8, 2), (31, 8, 3), (12, 4, 0)])
+def test_windows_cover_every_frame_once(frames, size, overlap):
+    windows = windows_of(frames, size, overlap)
+    assert [frame for window in windows for frame in range(window.first, window.last)] == list(range(frames))
+    for window in windows:
+        assert window.start <= window.first < window.last <= window.stop <= window.start + size
+        assert window.first - window.start >= overlap // 2 or window.start == 0  # none stands at an edge alone
+        assert window.stop - window.last >= overlap // 2 or window.stop == frames
+    assert len(windows) == 1 or len(windows) == math.ceil((frames - overlap) / (size - overlap))
+
+
+def test_one_window_or_several():
+    tokens = video(1, 20, 4)
+    whole, split = trained(), trained(score_window=8, score_overlap=4)
+    near = trained(num_scoring_layers=0), trained(num_scoring_layers=0, score_window=8, score_overlap=4)
+    close(*(run(model, tokens).video_tokens for model in near))  # without attention across frames all are alone
+    assert differs(run(split, tokens).video_tokens, run(whole, tokens).video_tokens) > 1e-3
+    changed = tokens.clone()
+    changed[0, 19] = 9
+    one, other = (split.refine(t).features.view(1, 20, 4, -1) for t in (tokens, changed))
+    close(one[:, :14], other[:, :14])  # the last window, from frame 12 on, has its own from frame 14 on
+    assert differs(one[:, 14:15], other[:, 14:15]) > 1e-4
+
+
+def test_windows_of_a_padded_batch():
+    model, tokens = trained(score_window=4, score_overlap=2), video(2, 11, 4)
+    mask = torch.zeros(2, 11, dtype=torch.bool)
+    mask[0], mask[1, :3] = True, True
+    both = run(model, tokens, frame_mask=mask)
+    assert both.video_tokens.isfinite().all()
+    close(both.video_tokens[0], run(model, tokens[:1]).video_tokens[0])
+    close(both.video_tokens[1], run(model, tokens[1:, :3]).video_tokens[0])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize(
+    "window", [{}, {"score_window": 8, "score_overlap": 4}, {"score_window": 5, "score_overlap": 0}]
+)
+def test_frames_that_come_a_few_at_a_time(chunk, window):
+    model, tokens = trained(**window), video(1, 23, 4)
+    times = torch.linspace(0, 60, 23).square()
+    same_tokens(streamed(model, tokens, times, chunk), model.refine(tokens, None, times[None], (2, 2)))
+
+
+def test_asked_again_is_asked_anew():
+    model, tokens = trained(), video(1, 12, 4)
+    stored = streamed(model, tokens)
+    for seed in range(3):
+        text = question(seed=seed)
+        once, again = run(model, tokens, text_embeds=text), model.condense(stored, text, output_weights=True)
+        close(again.video_tokens, once.video_tokens)
+        close(again.weights, once.weights)
+        close(again.scores.view(1, 12, 4), once.scores)
+
+
+def test_what_is_stored_of_a_long_video():
+    settings = {"num_stored_tokens": 64, "score_window": 8, "score_overlap": 4}
+    model, tokens = trained(**settings), video(1, 40, 4)
+    stored = streamed(model, tokens, chunk=6)
+    assert stored.values.shape == (1, 64, WIDTH) and len(stored.index[0].unique()) == 64
+    everything = model.refine(tokens, grid=(2, 2))
+    for name in ("values", "features", "change", "where"):  # what is stored is as it was
+        whole = getattr(everything, name)
+        picked = whole[0, stored.index[0]]
+        close(getattr(stored, name)[0], picked)
+    close(stored.largest, everything.largest)
+    # Nothing is lost: what is dropped is in the averages, once.
+    left = torch.ones(160, dtype=torch.bool)
+    left[stored.index[0]] = False
+    assert stored.dropped.count.sum() == left.sum() == 96
+    for number in range(4):
+        stretch = left & ((everything.where[0, :, 0] * 4).long().clamp(max=3) == number)
+        assert stored.dropped.count[0, number] == stretch.sum()
+        among = everything.values[0, stretch]
+        mean, weight = stored.dropped.values[0, number], stored.dropped.log_weight[0, number].exp()
+        assert 0 < weight < len(among)
+        assert (mean >= among.amin(dim=0) - 1e-5).all() and (mean <= among.amax(dim=0) + 1e-5).all()
+    out = model.condense(stored, question())
+    assert out.video_tokens.isfinite().all() and out.scores.shape == (1, 64)
+    with pytest.raises(ValueError, match="only 64 are stored; raise config.num_stored_tokens"):
+        model.condense(stored, output_weights=True)
+    assert streamed(trained(**settings, **PLAIN), tokens).dropped is None
+
+
+def test_the_stored_tokens_are_the_most_significant():
+    model = fresh(num_stored_tokens=64, score_window=8, score_overlap=4, novelty_gain=12.0)
+    tokens = video(1, 1, 4).expand(1, 200, 4, WIDTH).clone()
+    tokens[0, 150:152, 3] = video(1, 1, 1, seed=9)[0, 0, 0]  # the only event
+    stored = streamed(model, tokens)
+    assert {150 * 4 + 3, 152 * 4 + 3} <= set(stored.index[0].tolist())
+    assert (stored.index[0] // 4).unique().numel() > 20  # and something of every moment
+
+
+def test_the_best_of_each_stretch():
+    torch.manual_seed(0)
+    scores, stretch = torch.randn(1000), torch.arange(1000) // 32
+    chosen = best_of_each(scores, stretch, 256)
+    assert chosen.sum() == 256
+    for number in range(32):
+        inside = (stretch == number).nonzero()[:, 0]
+        best = inside[scores[inside].topk(min(4, len(inside))).indices]
+        assert chosen[best].all()
+    outside = scores[~chosen].max()
+    assert (scores[chosen] > outside).sum() >= 128
+    # Asked again of what was chosen and more, as of a set that grows.
+    more = torch.randn(200)
+    grown = torch.cat([scores[chosen], more]), torch.cat([stretch[chosen], torch.full((200,), 31)])
+    whole = torch.cat([scores, more]), torch.cat([stretch, torch.full((200,), 31)])
+    assert sorted(grown[0][best_of_each(*grown, 256)].tolist()) == sorted(whole[0][best_of_each(*whole, 256)].tolist())
+
+
+def test_frames_that_do_not_come():
+    running = RunningTokens(fresh(), 5, None, (2, 2))
+    running.add(video(1, 3, 4)[0])
+    with pytest.raises(ValueError, match="5 frames were promised, and 3 came"):
+        running.finish()

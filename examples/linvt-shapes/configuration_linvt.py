@@ -1,6 +1,5 @@
 """LinVTConfig: which image-LLM is wrapped, and every setting of the Linear Video Tokenizer."""
 
-import math
 from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
@@ -20,6 +19,9 @@ _LEAST = {
     "num_heads": 1,
     "num_scoring_layers": 0,
     "num_aggregation_layers": 0,
+    "score_window": 1,
+    "score_overlap": 0,
+    "num_stored_tokens": 1,
     "mlp_ratio": 1,
     "num_selected_tokens": 1,
     "num_remainder_tokens": 0,
@@ -43,6 +45,10 @@ class LinVTConfig(PreTrainedConfig):
         bottleneck_size: d, the width in which LinVT scores and attends. Values never pass through it.
         num_heads: attention heads inside LinVT. The final aggregation has one head, hence one weight a token.
         num_scoring_layers: layers of spatial and temporal attention in SSS.
+        score_window, score_overlap: frames that SSS compares with each other, and how many of them two windows share;
+            a longer video takes several.
+        num_stored_tokens: the most tokens of an encoded video that are stored for later questions. Of a longer one the
+            most significant of all and of each stretch of time are, and averages of the others.
         num_aggregation_layers: layers of self-, visual and text attention in TTA.
         mlp_ratio: width of each feed-forward block, in multiples of `bottleneck_size`.
         num_selected_tokens: k of the top-k over all frames and places together.
@@ -71,6 +77,9 @@ class LinVTConfig(PreTrainedConfig):
     bottleneck_size: int = 512  # ours: the authors' code works at full width, 2.1 B parameters at D = 3584
     num_heads: int = 8  # ours; authors' code: 4 at full width
     num_scoring_layers: int = 2  # ours; paper: "L"; authors' code: 8
+    score_window: int = 256  # ours: a longer video costs in proportion to its length
+    score_overlap: int = 64  # ours
+    num_stored_tokens: int = 65_536  # ours: 256 frames of 256 tokens, 470 MB in bfloat16 at D = 3584
     num_aggregation_layers: int = 2  # ours; paper: "L"; authors' code: 8
     mlp_ratio: int = 4  # ours
     num_selected_tokens: int = 1024  # authors' code
@@ -114,6 +123,10 @@ class LinVTConfig(PreTrainedConfig):
             value = getattr(self, name)
             if min(value if isinstance(value, list) else [value]) < least:
                 raise ValueError(f"{name} must be at least {least}; got {value}.")
+        if self.score_overlap >= self.score_window:
+            raise ValueError(
+                f"score_overlap ({self.score_overlap}) must be less than score_window ({self.score_window})."
+            )
         if self.bottleneck_size % self.num_heads:
             raise ValueError(
                 f"bottleneck_size ({self.bottleneck_size}) must be a multiple of num_heads ({self.num_heads})."
@@ -178,7 +191,7 @@ def is_hub_id(name: str) -> bool:
 
 def square_grid(num_tokens: int) -> tuple[int, int]:
     """Rows and columns of a frame's tokens where the base does not say: a square, or one row if none fits."""
-    side = math.isqrt(num_tokens)
+    side = round(num_tokens**0.5)
     return (side, side) if side * side == num_tokens else (1, num_tokens)
 
 

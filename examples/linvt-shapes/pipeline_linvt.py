@@ -1,6 +1,9 @@
 """The `video-question-answering` pipeline: videos and questions in, answers out."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +13,20 @@ from transformers import BatchFeature, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .chat_templates import videos_of, with_videos
+from .encoded_video import EncodedVideo
 from .video_reading import is_one_video
 
 _STAY = ("pixel_values_videos", "num_frames")
 # Inputs of which a sample has one row.
 _ROW_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "video_embeds"}
+
+
+def _identity(video: Any) -> tuple | int:
+    """What tells a video from others: of a file its path, time and size; of an object itself, while it is there."""
+    if isinstance(video, str | Path) and os.path.isfile(video):
+        about = os.stat(video)
+        return os.path.abspath(video), about.st_mtime_ns, about.st_size
+    return id(video)
 
 
 class VideoQuestionAnsweringPipeline(Pipeline):
@@ -31,6 +43,9 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     Each input gives a list of dicts: `{"answer": text}`, one for each returned sequence; with `choices` one for each
     option, best first, with `score`, the options' probabilities (they sum to 1), and `log_likelihood`, the mean over
     the option's tokens of their log-probability after the prompt, from whose softmax the scores come.
+
+    A video that stands in a batch several times is encoded once; the one that was asked about last is kept, and if it
+    is a file that has not changed, the next question about it starts from there.
     """
 
     _load_processor = True
@@ -40,6 +55,10 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     _load_video_processor = False
 
     MAX_NEW_TOKENS = 256  # ours; for models whose generation config sets no limit
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._last: dict[tuple, EncodedVideo] = {}  # the video that was asked about last, by what it is
 
     def _sanitize_parameters(
         self,
@@ -140,12 +159,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     ) -> list:
         """For each input of the batch: the new tokens [R, L] of its R sequences, or its scored choices."""
         items, choices = model_inputs.get("items", [model_inputs]), model_inputs["choices"]
-        # The videos of all inputs are encoded together, while they are read.
         videos = [video for item in items for video in videos_of(item.get("messages", ()))]
-        streams = self.processor.streams(
-            videos, num_frames=num_frames, fps=fps, chunk_size=self.model.config.frames_per_chunk
-        )
-        encoded = iter(self.model.encode_videos(streams, progress))
+        encoded = iter(self._encode(videos, {"num_frames": num_frames, "fps": fps}, progress))
         samples = []
         for item in items:
             sample = item.get("features")
@@ -165,6 +180,16 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         sequences = self.model.generate(**features, **generate_kwargs)
         sequences = getattr(sequences, "sequences", sequences)[:, features["input_ids"].shape[1] :]
         return list(sequences.unflatten(0, (len(choices), -1)))
+
+    def _encode(self, videos: list, sampling: dict, progress) -> list[EncodedVideo]:
+        """All together, while they are read; each once, and not at all if it was the last to be asked about."""
+        keys = [(_identity(video), *sampling.values()) for video in videos]
+        new = {key: video for key, video in zip(keys, videos, strict=True) if key not in self._last}
+        streams = self.processor.streams(list(new.values()), **sampling, chunk_size=self.model.config.frames_per_chunk)
+        encoded = {**self._last, **dict(zip(new, self.model.encode_videos(streams, progress), strict=True))}
+        # Only a file that is as it was is sure to be the same video at another time.
+        self._last = {key: encoded[key] for key in keys[-1:] if isinstance(key[0], tuple)}
+        return [encoded[key] for key in keys]
 
     def _features(self, messages: list[dict], **processor_kwargs) -> BatchFeature:
         return self.processor.apply_chat_template(

@@ -1,137 +1,115 @@
 """
-SVR, the spatio-temporal visual token refiner: scores a video's tokens, keeps the best, and averages neighbours.
+SVR, the spatio-temporal visual token refiner, after its scoring: keeps the best tokens, averages what is left, and
+averages neighbours.
 
 Every part gives weights or indices; the tokens themselves stay untouched.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch import Tensor
 
-from .configuration_linvt import LinVTConfig
-from .tokenizer_parts import Attention, FeedForward, PlaceEmbedding
+_DROPPED = "dropped."  # before the names of a `Dropped`'s tensors
 
 
-class ScoringLayer(GradientCheckpointingLayer):
-    """One layer of SSS: attention inside each frame, attention of each place across frames, feed-forward."""
-
-    def __init__(self, config: LinVTConfig):
-        super().__init__()
-        self.spatial_norm, self.spatial = nn.LayerNorm(config.bottleneck_size), Attention(config)
-        self.temporal_norm, self.temporal = nn.LayerNorm(config.bottleneck_size), Attention(config)
-        self.feed_forward = FeedForward(config)
-
-    def forward(self, x: Tensor, frame_mask: Tensor | None) -> Tensor:  # [B, T, N, d], [B, T]
-        batch, frames, places, _ = x.shape
-        inside = rearrange(self.spatial_norm(x), "b t n d -> (b t) n d")
-        x = x + rearrange(self.spatial(inside, inside), "(b t) n d -> b t n d", b=batch)
-        across = rearrange(self.temporal_norm(x), "b t n d -> (b n) t d")
-        mask = None if frame_mask is None else repeat(frame_mask, "b t -> (b n) t", n=places)
-        x = x + rearrange(self.temporal(across, across, mask), "(b n) t d -> b t n d", b=batch)
-        return x + self.feed_forward(x)
-
-
-class ScoreHead(nn.Linear):
-    """Features to one logit. A class of its own because it starts nearly at zero; see `_init_weights`."""
-
-
-class SignificanceScorer(nn.Module):
-    """SSS: a logit for every token of a video, and the features it came from."""
-
-    def __init__(self, config: LinVTConfig):
-        super().__init__()
-        self.project = nn.Linear(config.hidden_size, config.bottleneck_size, bias=False)
-        self.embed_time = PlaceEmbedding(1, config.bottleneck_size)
-        self.embed_place = PlaceEmbedding(2, config.bottleneck_size)
-        self.layers = nn.ModuleList(ScoringLayer(config) for _ in range(config.num_scoring_layers))
-        self.text_norm = nn.LayerNorm(config.bottleneck_size) if config.text_in_scores else None
-        self.text_attention = Attention(config) if config.text_in_scores else None
-        self.norm = nn.LayerNorm(config.bottleneck_size)
-        self.score = ScoreHead(config.bottleneck_size, 1)
-        self.novelty_gain = nn.Parameter(torch.empty(1))
-
-    def forward(
-        self,
-        visual_tokens: Tensor,  # [B, T, N, D]
-        frame_mask: Tensor | None,  # [B, T]
-        times: Tensor,  # [B, T]
-        grid: Tensor,  # [N, 2]
-        text: Tensor,  # [B, 1 + L, d]
-        text_mask: Tensor | None,  # [B, 1 + L]
-    ) -> tuple[Tensor, Tensor]:
-        """Features [B, T, N, d] and scores [B, T, N]."""
-        # Dividing by the root mean square makes the features independent of the base's scale, and dividing after the
-        # projection spares a normalised copy of V.
-        rms = torch.linalg.vector_norm(visual_tokens, dim=-1, keepdim=True, dtype=torch.float32)
-        rms = rms / math.sqrt(visual_tokens.shape[-1])
-        x = self.project(visual_tokens)
-        x = x / rms.clamp(min=1e-4).to(x.dtype)
-        news = novelty(x.detach(), frame_mask)
-        x = x + self.embed_time(times[..., None], x.dtype)[:, :, None] + self.embed_place(grid, x.dtype)
-        for layer in self.layers:
-            x = layer(x, frame_mask)
-        if self.text_attention is not None:
-            asked = self.text_attention(self.text_norm(x).flatten(1, 2), text, text_mask)
-            x = x + asked.view_as(x)
-        x = self.norm(x)
-        return x, self.score(x).squeeze(-1).float() + self.novelty_gain.float() * news
-
-
-def novelty(x: Tensor, frame_mask: Tensor | None) -> Tensor:
+@dataclass
+class VideoTokens:
     """
-    How new a token is (ours), [B, T, N, d] -> [B, T, N] float32 in -0.5..0.5: one minus its cosine to the token at its
-    place in the frame before, or to the mean of its frame where it is a video's first, as a share of the video's
-    largest, minus a half.
+    Videos before a question is asked: their tokens one after another, and what SSS makes of them.
 
-    Where scores start from it, top-k keeps what stands out in the first frame and what changes after it, and a long
-    quiet video loses none of its few events. The share makes it independent of how alike a base's tokens are.
+    values: [B, K, D], the image-LLM's own.
+    features: [B, K, d].
+    change: [B, K] float32, how much each differs from the one at its place in the frame before.
+    largest: [B] float32, the largest change of the whole video.
+    index: [B, K], frame * N + place; of a batch with padding, frames count from a video's first real one.
+    where: [B, K, 3] float32, time, height and width, as fractions.
+    mask: [B, K], True for real tokens; None where all are.
+    dropped: what became of the others, where a video has more tokens than are stored; None where none are missing.
+    places: N.
     """
-    x = x.float()
-    before = torch.cat([x[:, :1], x[:, :-1]], dim=1)  # [B, T, N, d]
-    first = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-    first[:, 0] = True
-    if frame_mask is not None:
-        first = first | ~F.pad(frame_mask, (1, 0))[:, :-1]  # padding before it
-    before = torch.where(first[..., None, None], x.mean(dim=2, keepdim=True), before)
-    change = (1 - F.cosine_similarity(x, before, dim=-1) - 1e-6).clamp(min=0.0)  # less is rounding
-    if frame_mask is not None:
-        change = change.masked_fill(~frame_mask[..., None], 0.0)
-    largest = change.amax(dim=(1, 2), keepdim=True).clamp(min=1e-3)
-    return change / largest - 0.5
+
+    values: Tensor
+    features: Tensor
+    change: Tensor
+    largest: Tensor
+    index: Tensor
+    where: Tensor
+    mask: Tensor | None
+    places: int
+    dropped: "Dropped | None" = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of its tensors, by names that tell where they belong."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.dropped is not None:
+            found |= {f"{_DROPPED}{f.name}": getattr(self.dropped, f.name) for f in fields(self.dropped)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], places: int) -> "VideoTokens":
+        """From what `tensors` gave."""
+        own = {name: value for name, value in tensors.items() if not name.startswith(_DROPPED)}
+        rest = {name.removeprefix(_DROPPED): value for name, value in tensors.items() if name.startswith(_DROPPED)}
+        return cls(**{"mask": None, **own}, places=places, dropped=Dropped(**rest) if rest else None)
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "VideoTokens":
+        """On another device; `dtype` is for values and features."""
+        cast = dict.fromkeys(("values", "features", f"{_DROPPED}values", f"{_DROPPED}features"), dtype)
+        moved = {name: value.to(device, cast.get(name)) for name, value in self.tensors().items()}
+        return self.of_tensors(moved, self.places)
 
 
-def select_top_k(scores: Tensor, frame_mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+@dataclass
+class Dropped:
     """
-    The k best tokens over all frames and places together, back in the video's order.
+    Averages of tokens that are not stored, each over a stretch of time and weighed by significance.
 
-    Args:
-        scores: [B, T, N]. frame_mask: [B, T], True for real frames.
-    Returns index [B, min(k, T * N)] into the flattened T * N, and a mask that is False where a video has fewer tokens.
+    values [B, R, D], features [B, R, d], where [B, R, 3]; log_weight [B, R], the logarithm of the sum of weights;
+    count [B, R], how many tokens that was.
     """
-    batch, frames, places = scores.shape
-    count = frames * places
-    # Ties, and the near-ties of an untrained scorer, are broken by a sequence that spreads evenly over time and over
-    # each frame (Roberts' R2, in 16 bits), so that a fresh model samples every moment and every place (ours).
-    place = torch.arange(places, device=scores.device)
+
+    values: Tensor
+    features: Tensor
+    where: Tensor
+    log_weight: Tensor
+    count: Tensor
+
+
+def number_tokens(frame_mask: Tensor | None, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """`index` and `mask`, [B, T * N], of `VideoTokens`, for tokens of shape [B, T, N]; frame_mask [B, T]."""
+    batch, frames, places = shape
     if frame_mask is None:
-        frame = torch.arange(frames, device=scores.device).expand(batch, -1)
+        frame = torch.arange(frames, device=device).expand(batch, -1)
     else:
         frame = frame_mask.cumsum(dim=1) - 1  # counted over real frames: padding on either side is harmless
-    spread = (frame[..., None] * 49471 + place * 37345) % 65536
-    ranking = (scores.detach() + 0.01 / 65536 * spread).flatten(1)
-    if frame_mask is None:
-        index = ranking.topk(min(k, count)).indices.sort().values
-        return index, torch.ones_like(index, dtype=torch.bool)
-    real = repeat(frame_mask, "b t -> b (t n)", n=places)
-    index = ranking.masked_fill(~real, -torch.inf).topk(min(k, count)).indices
-    mask = real.gather(1, index)
-    index = torch.where(mask, index, index + count).sort().values  # padding goes last, whatever its place
-    return index % count, index < count
+    index = (frame[..., None] * places + torch.arange(places, device=device)).flatten(1)
+    return index, None if frame_mask is None else repeat(frame_mask, "b t -> b (t n)", n=places)
+
+
+def select_top_k(scores: Tensor, index: Tensor, places: int, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """
+    The k best tokens over all frames and places together, in the video's order.
+
+    Args:
+        scores, index: [B, K], see `VideoTokens`. mask: [B, K], True for real tokens.
+    Returns which they are, [B, min(k, K)] of the K, and a mask that is False where a video has fewer tokens.
+    """
+    # Ties, and the near-ties of an untrained scorer, are broken by a sequence that spreads evenly over time and over
+    # each frame (Roberts' R2, in 16 bits), so that a fresh model samples every moment and every place (ours).
+    spread = (index // places * 49471 + index % places * 37345) % 65536
+    ranking = scores.detach() + 0.01 / 65536 * spread
+    if mask is not None:
+        ranking = ranking.masked_fill(~mask, -torch.inf)
+    chosen = ranking.topk(min(k, scores.shape[1])).indices
+    order = index.gather(1, chosen)
+    if mask is None:
+        return chosen.gather(1, order.argsort(dim=1)), torch.ones_like(chosen, dtype=torch.bool)
+    real = mask.gather(1, chosen)
+    last = torch.where(real, order, torch.iinfo(order.dtype).max).argsort(dim=1)  # padding, whatever its place
+    return chosen.gather(1, last), real.gather(1, last)
 
 
 @dataclass
@@ -149,33 +127,46 @@ class Remainder:
     What top-k leaves out, averaged over equal stretches of time (ours): a plain top-k throws it away, and with it what
     a scorer has not yet learned to look for.
 
-    `share` [B, R, T * N] holds what each token contributes to its stretch, the significant ones more, so that a
-    token's score learns here too; `mask` [B, R] is True for stretches of which something is left.
+    `share` [B, R, K] holds what each token contributes to its stretch, the significant ones more, so that a token's
+    score learns here too; `mask` [B, R] is True for stretches of which something is left. Of tokens that are not even
+    stored, `dropped`, the averages count with the weight they had.
     """
 
-    def __init__(
-        self,
-        log_significance: Tensor,
-        index: Tensor,
-        kept: Tensor,
-        frame_mask: Tensor | None,
-        times: Tensor,
-        count: int,
-    ):
-        batch, frames, places = log_significance.shape
-        left = torch.ones_like(times, dtype=torch.bool) if frame_mask is None else frame_mask
-        left = repeat(left, "b t -> b (t n)", n=places)
+    def __init__(self, log_significance: Tensor, tokens: VideoTokens, index: Tensor, kept: Tensor, count: int):
+        left = torch.ones_like(log_significance, dtype=torch.bool) if tokens.mask is None else tokens.mask
         left = left.scatter(1, index, left.gather(1, index) & ~kept)
-        stretch = (times * count).long().clamp(max=count - 1)  # [B, T]
-        stretch = repeat(stretch, "b t -> b 1 (t n)", n=places)
-        member = (stretch == torch.arange(count, device=times.device)[:, None]) & left[:, None]  # [B, R, T * N]
-        logits = log_significance.flatten(1)[:, None].masked_fill(~member, torch.finfo(torch.float32).min)
-        self.share = logits.softmax(dim=-1) * member
+        stretch = stretch_of(tokens.where[..., 0], count)  # [B, K]
+        member = (stretch[:, None] == torch.arange(count, device=stretch.device)[:, None]) & left[:, None]  # [B, R, K]
+        logits = log_significance[:, None].masked_fill(~member, torch.finfo(torch.float32).min)
+        number = member.sum(dim=-1)
+        self.dropped = tokens.dropped
+        if self.dropped is not None:
+            logits = torch.cat([logits, self.dropped.log_weight[..., None]], dim=-1)
+            member = torch.cat([member, self.dropped.count[..., None] > 0], dim=-1)
+            number = number + self.dropped.count
+        share = logits.softmax(dim=-1) * member
+        self.share, self.dropped_share = share[..., : left.shape[1]], share[..., left.shape[1] :]  # [B, R, 0 or 1]
         self.mask = member.any(dim=-1)
-        self.log_significance = logits.logsumexp(dim=-1) - member.sum(dim=-1).clamp(min=1).log()
+        self.log_significance = logits.logsumexp(dim=-1) - number.clamp(min=1).log()
 
-    def pool(self, x: Tensor) -> Tensor:  # [B, T, N, c] -> [B, R, c]
-        return self.share.to(x.dtype) @ x.flatten(1, 2)
+    def pool(self, x: Tensor, dropped: Tensor | None) -> Tensor:  # [B, K, c], [B, R, c] -> [B, R, c]
+        pooled = self.share.to(x.dtype) @ x
+        return pooled if dropped is None else pooled + self.dropped_share.to(x.dtype) * dropped.to(x.dtype)
+
+    def candidates(self, tokens: VideoTokens, features: Tensor) -> Candidates:
+        """The averages, for queries to weigh; `features` as SSS has them for the question."""
+        dropped = self.dropped
+        return Candidates(
+            self.pool(features, dropped and dropped.features),
+            self.mask,
+            self.pool(tokens.where, dropped and dropped.where),
+            self.log_significance,
+        )
+
+
+def stretch_of(times: Tensor, count: int) -> Tensor:
+    """The number of the stretch of time, out of `count` equal ones, that times in 0..1 lie in."""
+    return (times * count).long().clamp(max=count - 1)
 
 
 class PoolingWindows:

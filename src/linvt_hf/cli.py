@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     ask = commands.add_parser("ask", help="ask a LinVT model about a video")
     ask.add_argument("model", metavar="MODEL", help="LinVT model, or adapters from training: a Hub id or a folder")
     ask.add_argument("video", metavar="VIDEO", help="a video file or URL")
-    ask.add_argument("question", metavar="QUESTION")
+    ask.add_argument("questions", metavar="QUESTION", nargs="+", help="one or more; the video is encoded once")
     ask.add_argument("--choices", nargs="+", metavar="CHOICE", help="options; prints the probability of each")
     ask.add_argument("--num-frames", type=int, help="frames to read, instead of the model's default")
     ask.add_argument("--fps", type=float, help="frames a second to read, instead of the model's default")
@@ -189,32 +189,35 @@ def _ask(args) -> None:
         raise ValueError(f"There is no video at {args.video}.")
     _say(f"loading {args.model}")
     pipeline = _load(args)
-    sampling = {"num_frames": args.num_frames, "fps": args.fps}
     _say(f"reading {args.video}")
-    progress = _progress()
+    for question in args.questions:
+        if len(args.questions) > 1 and not args.json:
+            print(question)
+        _answer(pipeline, question, args)
+
+
+def _answer(pipeline, question: str, args) -> None:
+    asked = {
+        "video": args.video,
+        "question": question,
+        "num_frames": args.num_frames,
+        "fps": args.fps,
+        "progress": _progress(),
+    }
     if args.choices:
-        answers = pipeline(
-            video=args.video, question=args.question, choices=args.choices, progress=progress, **sampling
-        )
+        answers = pipeline(**asked, choices=args.choices)
         text = "\n".join(f"{100 * answer['score']:5.1f} %  {answer['answer']}" for answer in answers)
     else:
         from transformers import TextStreamer
 
         streamer = None if args.json else TextStreamer(pipeline.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        answers = pipeline(
-            video=args.video,
-            question=args.question,
-            max_new_tokens=args.max_new_tokens,
-            streamer=streamer,
-            progress=progress,
-            **sampling,
-        )
+        answers = pipeline(**asked, max_new_tokens=args.max_new_tokens, streamer=streamer)
         text = None  # the streamer has printed it
     if args.json:
         result = {"answers": answers} if args.choices else answers[0]
-        text = json.dumps({"video": args.video, "question": args.question, **result}, ensure_ascii=False)
+        text = json.dumps({"video": args.video, "question": question, **result}, ensure_ascii=False)
     if text is not None:
-        print(text)
+        print(text, flush=True)
 
 
 def _progress() -> Callable[[int, int], None]:

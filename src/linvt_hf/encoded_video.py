@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .token_refiner import VideoTokens
 from .video_reading import Clip, VideoStream
 
-_FORMAT = "linvt-video-1"
+_FORMAT = "linvt-video-2"
+_BESIDE = ("times", "made_by")  # tensors beside the tokens
 
 
 class PixelStream:
@@ -30,8 +32,12 @@ class PixelStream:
         self._frames, self._to_pixels = frames, to_pixels
 
     def __iter__(self) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        return self.on("cpu")
+
+    def on(self, device: str | torch.device) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """The same, made on another device: frames go there as bytes, a quarter of what their pixels take."""
         for first, frames in self._frames:
-            yield slice(first, first + len(frames)), self._to_pixels(frames)
+            yield slice(first, first + len(frames)), self._to_pixels(frames.to(device, non_blocking=True))
 
     def close(self) -> None:
         """Ends the reading before its end."""
@@ -53,37 +59,42 @@ class PixelStream:
 @dataclass(eq=False)
 class EncodedVideo:
     """
-    A video's visual tokens, as `LinVTForConditionalGeneration.encode_video` gives them. A processor takes it wherever
-    it takes a video; a question then needs neither the file nor the vision encoder.
+    What is known of a video before a question, as `LinVTForConditionalGeneration.encode_video` gives it: its visual
+    tokens, and what the tokenizer's scoring made of them. A processor takes it wherever it takes a video; a question
+    then needs neither the file nor the vision encoder. Its file, a path that ends in `.safetensors`, is taken in the
+    same places.
 
-    Its file, a path that ends in `.safetensors`, is taken in the same places.
-
-    tokens: [T, N, D], of each sampled frame, in the width of the language model.
-    grid: rows and columns of a frame's tokens; N is their product.
+    tokens: all T * N of them, or the most significant ones of a long video, and averages of the others.
+    num_frames: T. grid: rows and columns of a frame's tokens; N is their product.
     times: float32 [T], seconds of each frame; None where nobody knows.
     duration: seconds of the whole video; None where unknown.
+    made_by: `SignificanceScorer.probe` of the tokenizer that scored it, which alone can go on from there.
     """
 
-    tokens: Tensor
+    tokens: VideoTokens
+    num_frames: int
     grid: tuple[int, int]
     times: Tensor | None = None
     duration: float | None = None
+    made_by: Tensor | None = None
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "EncodedVideo":
+        """On another device, or with visual tokens of another type."""
+        return replace(self, tokens=self.tokens.to(device, dtype))
 
     @property
-    def num_frames(self) -> int:
-        return len(self.tokens)
-
-    def to(self, *args, **kwargs) -> "EncodedVideo":
-        """On another device, or in another type, as `Tensor.to`."""
-        return EncodedVideo(self.tokens.to(*args, **kwargs), self.grid, self.times, self.duration)
+    def nbytes(self) -> int:
+        """Bytes that its tensors take."""
+        return sum(tensor.nbytes for tensor in self.tokens.tensors().values())
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
-        tensors = {"tokens": self.tokens.detach().cpu().contiguous()}
-        if self.times is not None:
-            tensors["times"] = self.times.contiguous()
-        about = {"format": _FORMAT, "grid": json.dumps(self.grid), "duration": json.dumps(self.duration)}
-        save_file(tensors, path, metadata=about)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.tokens.tensors().items()}
+        for name in _BESIDE:
+            if (value := getattr(self, name)) is not None:
+                tensors[name] = value.contiguous()
+        about = {"num_frames": self.num_frames, "grid": self.grid, "duration": self.duration}
+        save_file(tensors, path, metadata={"format": _FORMAT, "about": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "EncodedVideo":
@@ -96,11 +107,14 @@ class EncodedVideo:
                 if about.get("format") != _FORMAT:
                     raise ValueError(f"{path} is no encoded video of this version ({about.get('format')}).")
                 names = file.keys()
-                times = file.get_tensor("times").cpu() if "times" in names else None
-                tokens = file.get_tensor("tokens")
+                tensors = {name: file.get_tensor(name) for name in names}
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is no encoded video: {error}") from error
-        return cls(tokens, tuple(json.loads(about["grid"])), times, json.loads(about["duration"]))
+        about = json.loads(about["about"])
+        beside = {name: tensors.pop(name).cpu() for name in _BESIDE if name in tensors}
+        grid = tuple(about["grid"])
+        tokens = VideoTokens.of_tensors(tensors, grid[0] * grid[1])
+        return cls(tokens, about["num_frames"], grid, duration=about["duration"], **beside)
 
 
 def as_encoded(video: Any) -> EncodedVideo | None:

@@ -9,11 +9,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
-from .encoded_video import EncodedVideo, PixelStream, as_encoded, frame_times_of
+from .encoded_video import EncodedVideo, PixelStream, as_encoded
 from .image_llm import features_per_frame
+from .running_tokens import RunningTokens
 
 FRAMES_INPUTS = ("pixel_values_videos", "frame_features", "encoded_videos")  # a video's frames, in whatever form
 VIDEO_INPUTS = (*FRAMES_INPUTS, "num_frames", "frame_times", "question_ids", "question_mask")
+_SAME_SCORER = 0.05  # ours: bfloat16 differs from float32 by about 1 %
 FRAME_PREFIX = "frames_"  # what the base's image processor gave beside the pixels of the frames
 
 
@@ -63,24 +65,28 @@ class VideoMixin:
 
     def _encode_streams(self, streams: list[PixelStream], progress: Callable[[int, int], None]) -> list[EncodedVideo]:
         encoded: list[EncodedVideo | None] = [None] * len(streams)
+        running: dict[int, RunningTokens] = {}
         waiting: list[_Part] = []  # whole short videos, or some frames of a long one
 
         def encode() -> None:
             parts = self._encode_parts(waiting) if waiting else ()
             for part, tokens in zip(waiting, parts, strict=True):
+                grid = self.image_llm.grid(tokens.shape[1], part.inputs, 0)
                 if part.frames.start == 0:
-                    room = tokens if part.whole else tokens.new_empty(part.total, *tokens.shape[1:])
-                    grid = self.image_llm.grid(tokens.shape[1], part.inputs, 0)
-                    encoded[part.number] = EncodedVideo(room, grid, part.times, part.duration)
-                if not part.whole:
-                    encoded[part.number].tokens[part.frames] = tokens
+                    running[part.number] = RunningTokens(self.video_tokenizer, part.total, part.times, grid)
+                running[part.number].add(tokens.to(self.video_tokenizer.device))
+                if part.frames.stop == part.total:
+                    found = running.pop(part.number).finish()
+                    encoded[part.number] = EncodedVideo(
+                        found, part.total, grid, part.times, part.duration, self.video_tokenizer.scorer.probe()
+                    )
                 before = sum(stream.num_frames for stream in streams[: part.number])
                 progress(before + part.frames.stop, sum(stream.num_frames for stream in streams))
             waiting.clear()
 
         try:
             for number, stream in enumerate(streams):
-                for frames, inputs in stream:
+                for frames, inputs in stream.on(self.base.device):
                     part = _Part(number, frames, inputs, stream.num_frames, stream.times, stream.duration)
                     if waiting and not part.fits(waiting, self.config.frames_per_chunk):
                         encode()
@@ -145,22 +151,19 @@ class VideoMixin:
             raise ValueError(f"{len(counts)} videos, but {len(question_ids)} rows of question_ids; give one a video.")
         inputs = {name.removeprefix(FRAME_PREFIX): value for name, value in frame_inputs.items()}
         num_tokens = inputs.pop("num_tokens", None)
-        if encoded_videos is not None:
-            videos = [self._tokens_of(video) for video in encoded_videos]
-            grids = [video.grid for video in encoded_videos]
-            frame_times = frame_times_of(encoded_videos)
-        else:
-            if frame_features is not None:
-                videos = _split_features(frame_features.to(self.base.device), counts, num_tokens)
-            else:
-                tokens = self.image_llm.encode_frames(
-                    self.base, pixel_values_videos, inputs, sum(counts), self.config.frames_per_chunk
-                )
-                videos = features_per_frame(tokens, counts)  # V tensors [T, N, D]
-                del tokens  # they were copied, and are the largest thing here
-            starts = [sum(counts[:index]) for index in range(len(counts))]
-            grids = [self.image_llm.grid(v.shape[1], inputs, start) for v, start in zip(videos, starts, strict=True)]
         text = None if question_ids is None else self.get_input_embeddings()(question_ids.to(self.base.device))
+        if encoded_videos is not None:
+            return self._condense(encoded_videos, text, question_mask, output_weights)
+        if frame_features is not None:
+            videos = _split_features(frame_features.to(self.base.device), counts, num_tokens)
+        else:
+            tokens = self.image_llm.encode_frames(
+                self.base, pixel_values_videos, inputs, sum(counts), self.config.frames_per_chunk
+            )
+            videos = features_per_frame(tokens, counts)  # V tensors [T, N, D]
+            del tokens  # they were copied, and are the largest thing here
+        starts = [sum(counts[:index]) for index in range(len(counts))]
+        grids = [self.image_llm.grid(v.shape[1], inputs, start) for v, start in zip(videos, starts, strict=True)]
 
         rows: list[tuple] = [()] * len(videos)
         # Videos whose frames have the same shape make one batch. Their lengths lie between two powers of two, so that
@@ -189,13 +192,37 @@ class VideoMixin:
         video_tokens, weights, scores = zip(*rows, strict=True)
         return VideoFeatures(torch.stack(video_tokens), list(weights) if output_weights else None, list(scores))
 
-    def _tokens_of(self, video: EncodedVideo) -> Tensor:
-        if video.tokens.shape[2] != self.config.hidden_size:
-            raise ValueError(
-                f"An encoded video has tokens of width {video.tokens.shape[2]}, and this model's are "
-                f"{self.config.hidden_size} wide; encode it with this model."
+    def _condense(
+        self, videos: list[EncodedVideo], text: Tensor | None, text_mask: Tensor | None, output_weights: bool
+    ) -> VideoFeatures:
+        """Encoded videos, one after another: they differ in length, and most of the work is done."""
+        tokenizer, rows = self.video_tokenizer, []
+        probe = tokenizer.scorer.probe()
+        for number, video in enumerate(videos):
+            if video.tokens.values.shape[2] != self.config.hidden_size:
+                raise ValueError(
+                    f"An encoded video has tokens of width {video.tokens.values.shape[2]}, and this model's are "
+                    f"{self.config.hidden_size} wide; encode it with this model."
+                )
+            if video.made_by is not None and (off := _difference(video.made_by, probe)) > _SAME_SCORER:
+                raise ValueError(
+                    f"An encoded video was scored by another LinVT (their scorers differ by {off:.0%}, and by "
+                    f"{_SAME_SCORER:.0%} at most where one has other precision); encode it with this model."
+                )
+            one = slice(number, number + 1)
+            out = tokenizer.condense(
+                video.tokens.to(tokenizer.device, tokenizer.dtype),
+                None if text is None else text[one].to(tokenizer.device),
+                None if text is None or text_mask is None else text_mask[one].to(tokenizer.device),
+                output_weights,
             )
-        return video.tokens.to(self.base.device, self.base.dtype)
+            shape = (video.num_frames, video.tokens.places)
+            scores = out.scores.new_full(shape, -torch.inf).flatten()
+            scores[video.tokens.index[0].to(scores.device)] = out.scores[0]
+            weights = out.weights[0].unflatten(-1, shape) if output_weights else None
+            rows.append((out.video_tokens[0], weights, scores.view(shape)))
+        video_tokens, weights, scores = zip(*rows, strict=True)
+        return VideoFeatures(torch.stack(video_tokens), list(weights) if output_weights else None, list(scores))
 
     @staticmethod
     def take_video_inputs(inputs: dict) -> dict:
@@ -230,6 +257,11 @@ class _Part:
         shapes = [{name: value.shape[1:] for name, value in part.inputs.items()} for part in parts]
         alike = all(shape == shapes[0] for shape in shapes)
         return alike and all(part.whole for part in parts) and sum(part.count for part in parts) <= most
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """How far apart, as a share of the second's length; 1 where they are not even of one shape."""
+    return float((one - other).norm() / other.norm()) if one.shape == other.shape else 1.0
 
 
 def _split_features(features: Tensor, counts: list[int], num_tokens: Tensor | None) -> list[Tensor]:

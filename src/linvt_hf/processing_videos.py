@@ -157,7 +157,7 @@ class VideoProcessing:
         output = frames_to_pixels(frames, self.image_processor, self.frame_kwargs)
         if output is None or any(name not in output for name in self.frame_inputs):
             # Every frame is a sample of its own: processors tile or join the images of one sample.
-            pictures = [[Image.fromarray(frame)] for frame in frames.numpy()]
+            pictures = [[Image.fromarray(frame)] for frame in frames.cpu().numpy()]
             output = self.image_processor(pictures, return_tensors="pt", **self.frame_kwargs)
             if output["pixel_values"].ndim == 5:  # [T, tiles, 3, H, W]: the first tile is the whole frame
                 output["pixel_values"] = output["pixel_values"][:, :1]

@@ -4,7 +4,7 @@ The Linear Video Tokenizer of LinVT (arXiv 2412.05185): SVR (SSS, top-k, MTP) an
 A video's visual tokens V, [T frames, N tokens, D], become M tokens, each a convex combination of V's own. Everything
 that is learned works in a bottleneck of width d and ends in weights; the values those weights mix are V, untouched:
 
-    SVR, spatio-temporal visual token refiner: token_refiner.py
+    SVR, spatio-temporal visual token refiner: token_scorer.py and token_refiner.py
         SignificanceScorer    SSS: scores every token in its frame and across frames, for the question (that is ours)
         select_top_k          keeps the k best of all frames and places, in the video's order
         Remainder             averages what top-k leaves out, so that nothing is lost for good (ours)
@@ -26,7 +26,8 @@ from transformers.modeling_outputs import ModelOutput
 
 from .configuration_linvt import LinVTConfig, square_grid
 from .token_aggregator import TextConditionedAggregator
-from .token_refiner import Candidates, Remainder, ScoreHead, SignificanceScorer, select_top_k
+from .token_refiner import Candidates, Remainder, VideoTokens, number_tokens, select_top_k
+from .token_scorer import ScoreHead, SignificanceScorer, change_of, novelty
 from .tokenizer_parts import QuestionReader
 
 
@@ -124,40 +125,76 @@ class LinearVideoTokenizer(LinVTPreTrainedModel):
             output_weights: also return W, [B, M, T * N].
             grid: rows and columns of a frame's tokens, N = rows * columns; a square if N allows, else one row.
         """
+        tokens = self.refine(visual_tokens, frame_mask, frame_times, grid)
+        out = self.condense(tokens, text_embeds, text_mask, output_weights)
+        out.scores = out.scores.view(visual_tokens.shape[:3])
+        return out
+
+    def refine(
+        self,
+        visual_tokens: Tensor,
+        frame_mask: Tensor | None = None,
+        frame_times: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> VideoTokens:
+        """What can be done before there is a question; arguments as in `forward`."""
         batch, frames, places, _ = visual_tokens.shape
-        rows, columns = grid or square_grid(places)
-        if rows * columns != places:
-            raise ValueError(f"grid {rows} x {columns} does not hold the {places} tokens of a frame.")
-        frame_mask = None if frame_mask is None else frame_mask.bool()
         device = visual_tokens.device
+        frame_mask = None if frame_mask is None else frame_mask.bool()
         times = normalise_times(frame_times, frame_mask, batch, frames, device)  # [B, T]
-        centers = ((torch.arange(side, device=device) + 0.5) / side for side in (rows, columns))
-        grid_places = torch.cartesian_prod(*centers)  # [N, 2]
+        grid = grid_places(places, grid, device)  # [N, 2]
+        x = self.scorer.look(visual_tokens)
+        change = change_of(x.detach(), frame_mask)
+        features = self.scorer.compare(x, frame_mask, times, grid)
+        index, mask = number_tokens(frame_mask, visual_tokens.shape[:3], device)
+        return VideoTokens(
+            values=visual_tokens.flatten(1, 2),
+            features=features.flatten(1, 2),
+            change=change.flatten(1),
+            largest=change.amax(dim=(1, 2)),
+            index=index,
+            where=everywhere(times, grid).flatten(1, 2),
+            mask=mask,
+            places=places,
+        )
 
-        text, text_mask = self.question(batch, text_embeds, text_mask)  # [B, 1 + L, d]
-        features, scores = self.scorer(visual_tokens, frame_mask, times, grid_places, text, text_mask)
-        index, mask = select_top_k(scores, frame_mask, self.config.num_selected_tokens)  # [B, k]
-        log_significance = F.logsigmoid(scores)
-        place = torch.cat([times.gather(1, index // places)[..., None], grid_places[index % places]], dim=-1)
-        kept = Candidates(take(features, index), mask, place, log_significance.flatten(1).gather(1, index))
-        rest, remainder = None, None
-        if self.config.num_remainder_tokens and index.shape[1] < frames * places:
-            remainder = Remainder(log_significance, index, mask, frame_mask, times, self.config.num_remainder_tokens)
-            everywhere = torch.cat(
-                [repeat(times, "b t -> b t n 1", n=places), repeat(grid_places, "n c -> b t n c", b=batch, t=frames)],
-                dim=-1,
-            )  # [B, T, N, 3]
-            rest = Candidates(
-                remainder.pool(features), remainder.mask, remainder.pool(everywhere), remainder.log_significance
+    def condense(
+        self,
+        tokens: VideoTokens,
+        text_embeds: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        output_weights: bool = False,
+    ) -> VideoTokenizerOutput:
+        """
+        What `refine` gave, for a question; other arguments as in `forward`. Here `scores` are [B, K], and `weights`
+        [B, M, K]: of the tokens that `tokens` holds.
+        """
+        if output_weights and tokens.dropped is not None:
+            raise ValueError(
+                f"W says what every token weighs, and of this video only {tokens.values.shape[1]} are stored; raise "
+                "config.num_stored_tokens."
             )
+        batch, count, _ = tokens.values.shape
+        text, text_mask = self.question(batch, text_embeds, text_mask)  # [B, 1 + L, d]
+        features, scores = self.scorer(tokens.features, novelty(tokens.change, tokens.largest), text, text_mask)
+        kept_count, rest_count = self.config.num_selected_tokens, self.config.num_remainder_tokens
+        index, mask = select_top_k(scores, tokens.index, tokens.places, tokens.mask, kept_count)  # [B, k]
+        log_significance = F.logsigmoid(scores)
+        kept = Candidates(take(features, index), mask, take(tokens.where, index), log_significance.gather(1, index))
+        rest, remainder = None, None
+        if rest_count and (index.shape[1] < count or tokens.dropped is not None):
+            remainder = Remainder(log_significance, tokens, index, mask, rest_count)
+            rest = remainder.candidates(tokens, features)
 
-        weights = self.aggregator(kept, rest, text, text_mask).to(visual_tokens.dtype)  # [B, M, k + R]
+        weights = self.aggregator(kept, rest, text, text_mask).to(tokens.values.dtype)  # [B, M, k + R]
         selected, averaged = weights.split([index.shape[1], weights.shape[2] - index.shape[1]], dim=2)
-        video_tokens = selected @ take(visual_tokens, index)
+        video_tokens = selected @ take(tokens.values, index)
         if remainder is not None:
-            video_tokens = video_tokens + averaged @ remainder.pool(visual_tokens)
+            video_tokens = video_tokens + averaged @ remainder.pool(
+                tokens.values, tokens.dropped and tokens.dropped.values
+            )
         if output_weights:
-            weights = _scatter(selected, index, frames * places)
+            weights = _scatter(selected, index, count)
             if remainder is not None:
                 weights = weights + averaged @ remainder.share.to(weights.dtype)
         return VideoTokenizerOutput(
@@ -165,8 +202,27 @@ class LinearVideoTokenizer(LinVTPreTrainedModel):
         )
 
 
-def take(tokens: Tensor, index: Tensor) -> Tensor:  # [B, T, N, c], [B, k] -> [B, k, c]
-    return tokens.flatten(1, 2).gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+def take(tokens: Tensor, index: Tensor) -> Tensor:  # [B, K, c], [B, k] -> [B, k, c]
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def grid_places(places: int, grid: tuple[int, int] | None, device: torch.device) -> Tensor:
+    """The centres of a frame's tokens, height and width as fractions, [N, 2]."""
+    rows, columns = grid or square_grid(places)
+    if rows * columns != places:
+        raise ValueError(f"grid {rows} x {columns} does not hold the {places} tokens of a frame.")
+    return torch.cartesian_prod(*((torch.arange(side, device=device) + 0.5) / side for side in (rows, columns)))
+
+
+def everywhere(times: Tensor, grid: Tensor) -> Tensor:  # [B, T], [N, 2] -> [B, T, N, 3]
+    batch, frames = times.shape
+    return torch.cat(
+        [
+            repeat(times, "b t -> b t n 1", n=len(grid)),
+            repeat(grid, "n c -> b t n c", b=batch, t=frames),
+        ],
+        dim=-1,
+    )
 
 
 def normalise_times(

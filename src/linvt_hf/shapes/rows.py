@@ -114,14 +114,14 @@ def without_temporal_positions(tokenizer: LinearVideoTokenizer) -> None:
         return inputs, {**named, "frame_times": None}
 
     def scorer(module, inputs):
-        tokens, mask, times, *others = inputs
-        return tokens, mask, torch.full_like(times, 0.5), *others
+        times, dtype = inputs
+        return torch.full_like(times, 0.5), dtype
 
     def aggregator(module, inputs):
         return tuple(_at_one_time(part) if hasattr(part, "places") else part for part in inputs)
 
     tokenizer.register_forward_pre_hook(everything, with_kwargs=True)
-    tokenizer.scorer.register_forward_pre_hook(scorer)
+    tokenizer.scorer.embed_time.register_forward_pre_hook(scorer)
     tokenizer.aggregator.register_forward_pre_hook(aggregator)
 
 

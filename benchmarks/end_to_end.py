@@ -1,0 +1,411 @@
+"""
+A wrapped image-LLM from frames to words: what each stage costs, and how it grows with the video.
+
+    python benchmarks/end_to_end.py frames       # every frame's tokens, pooled, LinVT
+    python benchmarks/end_to_end.py questions    # the first question about a video, and a further one
+    python benchmarks/end_to_end.py batches      # several videos and questions at a time
+    python benchmarks/end_to_end.py lengths      # long videos, encoded some frames at a time
+    python benchmarks/end_to_end.py frames --base qwen2_vl_7b --device cuda --dtype bfloat16 --json FILE
+
+Real architectures with random weights, since time and memory do not depend on their values; frames are random
+pixels that lie on the device, so that reading a video is not in it (`video_reading.py` measures that). Time to the first token
+is that of `generate` with one new token. Memory is what a run takes beside weights and pixels.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from measuring import environment, peak_megabytes, save, seconds, show
+from torch import Tensor
+
+from linvt_hf import LinVTForConditionalGeneration
+from linvt_hf.configuration_linvt import read_base_config
+from linvt_hf.image_llm import build_image_llm
+from linvt_hf.shapes.rows import Condenser, uniform_pooling
+
+# As published, at the names of transformers; of `small`, which a CPU can run, every size is our choice.
+SIZES = {
+    "internvl2_8b": {
+        "model_type": "internvl",
+        "vision_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": [448, 448],
+            "patch_size": [14, 14],
+            "attention_bias": True,
+        },
+        "text_config": {
+            "model_type": "llama",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 92553,
+            "max_position_embeddings": 32768,
+        },
+        "image_seq_length": 256,
+        "tie_word_embeddings": False,
+    },
+    "qwen2_vl_7b": {
+        "model_type": "qwen2_vl",
+        "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16},
+        "text_config": {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0},
+        },
+        "tie_word_embeddings": False,
+    },
+    "small": {
+        "model_type": "internvl",
+        "vision_config": {
+            "hidden_size": 192,
+            "intermediate_size": 768,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 3,
+            "image_size": [224, 224],
+            "patch_size": [14, 14],
+        },
+        "text_config": {
+            "model_type": "qwen2",
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 4096,
+            "max_position_embeddings": 32768,
+        },
+        "image_seq_length": 64,
+        "tie_word_embeddings": False,
+    },
+}
+LIGHT = {"bottleneck_size": 64, "num_heads": 4}  # for `small`: LinVT's own width is twice that of its language model
+WORDS = 20  # before the video, and after it; the question, too
+WAYS = ("every frame", "pooled", "LinVT")
+
+
+class Bench:
+    """
+    A base with LinVT, and inputs for it.
+
+    Frames are squares of the base's size: 448 pixels and 256 tokens for both of 7 or 8 B, as InternVL2 has them.
+    """
+
+    def __init__(self, size: str, device: str, dtype: torch.dtype, repeats: int):
+        self.device, self.dtype, self.repeats = device, dtype, repeats
+        config = read_base_config(SIZES[size])
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                base = build_image_llm(config)
+                self.model = LinVTForConditionalGeneration.from_image_llm(
+                    base, config.text_config.vocab_size - 1, **(LIGHT if size == "small" else {})
+                )
+        finally:
+            torch.set_default_dtype(before)
+        self.model.eval().generation_config.eos_token_id = None
+        self.tokenizer = self.model.video_tokenizer
+        self.video_tokens = self.model.config.num_video_tokens
+        self.chunk = self.model.config.frames_per_chunk
+        self.qwen = SIZES[size]["model_type"] == "qwen2_vl"
+        self.places = config.image_seq_length if not self.qwen else 256
+        side = 448 if self.qwen else config.vision_config.image_size[0]
+        shape = (1024, 3 * 2 * 14 * 14) if self.qwen else (1, 3, side, side)  # rows of one frame
+        self.one_chunk = torch.randn(self.chunk, *shape, device=device, dtype=dtype).flatten(0, 1)
+
+    def use(self, way: str) -> int:
+        """Puts a way to condense videos into the model; returns how many tokens it gives a video of one frame."""
+        if way == "LinVT":
+            self.model.video_tokenizer = self.tokenizer
+        elif way == "pooled":  # as many tokens as LinVT gives
+            self.model.video_tokenizer = Condenser(uniform_pooling(self.video_tokens // 16, 4))
+        else:
+            self.model.video_tokenizer = Condenser(lambda tokens: tokens.flatten(1, 2))
+        return self.places if way == "every frame" else self.video_tokens
+
+    def frames(self, count: int) -> dict[str, Tensor]:
+        """Pixels of so many frames, as the vision encoder takes them."""
+        rows = len(self.one_chunk) // self.chunk * count
+        times = math.ceil(count / self.chunk)
+        pixels = (
+            self.one_chunk[:rows] if times == 1 else self.one_chunk.repeat(times, *[1] * (self.one_chunk.ndim - 1))
+        )
+        inputs = {"pixel_values": pixels[:rows]}
+        if self.qwen:
+            inputs["image_grid_thw"] = torch.tensor([[1, 32, 32]]).expand(count, -1)
+        return inputs
+
+    def videos(self, lengths: list[int]) -> dict[str, Tensor]:
+        """The same as inputs of the model, which gets a question beside them."""
+        found = self.frames(sum(lengths))
+        inputs = {"pixel_values_videos": found.pop("pixel_values"), "num_frames": torch.tensor(lengths)}
+        inputs |= {f"frames_{name}": value for name, value in found.items()}
+        return {**inputs, **self.question(len(lengths))}
+
+    def question(self, batch: int = 1) -> dict[str, Tensor]:
+        return {"question_ids": torch.full((batch, WORDS), 7, device=self.device)}
+
+    def prompt(self, video_tokens: int, batch: int = 1) -> dict[str, Tensor]:
+        words = torch.full((batch, WORDS), 7, device=self.device)
+        places = torch.full((batch, video_tokens), self.model.config.video_token_id, device=self.device)
+        input_ids = torch.cat([words, places, words], dim=1)
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+    def answer(self, inputs: dict, new_tokens: int = 1) -> Tensor:
+        return self.model.generate(
+            **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+        )
+
+    @torch.no_grad()
+    def encode(self, frames: dict[str, Tensor]) -> list[Tensor]:
+        inputs = dict(frames)
+        pixels = inputs.pop("pixel_values")
+        rows = len(self.one_chunk) // self.chunk
+        count = len(pixels) // rows
+        return self.model.image_llm.encode_frames(self.model.base, pixels, inputs, count, self.chunk)
+
+    @torch.no_grad()
+    def prefill(self, tokens: int) -> None:
+        embeds = torch.zeros(1, tokens, self.model.config.hidden_size, device=self.device, dtype=self.dtype)
+        self.model.base(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        return seconds(work, self.device, self.repeats)
+
+    def peak(self, work: Callable[[], object]) -> float:
+        return peak_megabytes(work, self.device)
+
+
+class Film:
+    """What `processor.stream` gives, of frames that are always the same."""
+
+    times = duration = None
+
+    def __init__(self, bench: Bench, num_frames: int):
+        self.bench, self.num_frames = bench, num_frames
+
+    def on(self, device) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        for start in range(0, self.num_frames, self.bench.chunk):
+            stop = min(start + self.bench.chunk, self.num_frames)
+            yield slice(start, stop), self.bench.frames(stop - start)
+
+    def close(self) -> None:
+        pass
+
+
+# ---- the tables ----
+
+
+def frames(bench: Bench, counts: list[int], most: int) -> list[dict]:
+    """From pixels to the first token, and from there."""
+    rows = []
+    for count in counts:
+        pixels = bench.frames(count)
+        encoding = bench.seconds(lambda: bench.encode(pixels))  # noqa: B023
+        for way in WAYS:
+            each = bench.use(way)
+            tokens = each * count if way == "every frame" else each
+            row = {"frames": count, "way": way, "prompt": tokens + 2 * WORDS, "encoding s": encoding}
+            rows.append(row)
+            if tokens > most:
+                continue
+            inputs = {**bench.videos([count]), **bench.prompt(tokens)}
+            features = torch.stack(bench.encode(pixels))
+            asked = {"num_frames": [count], **bench.question()}
+            with torch.no_grad():
+                row["condensing s"] = bench.seconds(
+                    lambda: bench.model.get_video_features(frame_features=features, **asked)  # noqa: B023
+                )
+            try:
+                row["prefill s"] = bench.seconds(lambda: bench.prefill(tokens + 2 * WORDS))  # noqa: B023
+                row["first token s"] = bench.seconds(lambda: bench.answer(inputs))  # noqa: B023
+                more = bench.seconds(lambda: bench.answer(inputs, 17)) - row["first token s"]  # noqa: B023
+                row["tokens/s"] = 16 / more
+                row["peak MB"] = bench.peak(lambda: bench.answer(inputs))  # noqa: B023
+            except torch.cuda.OutOfMemoryError:
+                row["first token s"] = "no room"
+                torch.cuda.empty_cache()
+            row["first token / encoding"] = _ratio(row["first token s"], encoding)
+        whole = rows[-len(WAYS)].get("first token s")
+        for row in rows[-len(WAYS) :]:
+            row["times faster"] = _ratio(whole, row.get("first token s"))
+    return rows
+
+
+def questions(bench: Bench, counts: list[int], most: int) -> list[dict]:
+    """Of an encoded video only the second half of LinVT and the language model are run again."""
+    bench.use("LinVT")
+    rows = []
+    for count in counts:
+        prompt = {**bench.prompt(bench.video_tokens), **bench.question()}
+        video = bench.model.encode_video(Film(bench, count))
+
+        def first(count=count, prompt=prompt):
+            return bench.answer({**prompt, "encoded_videos": [bench.model.encode_video(Film(bench, count))]})
+
+        def further(video=video, prompt=prompt):
+            return bench.answer({**prompt, "encoded_videos": [video]})
+
+        row = {"frames": count, "first s": bench.seconds(first), "further s": bench.seconds(further)}
+        row |= {"times faster": row["first s"] / row["further s"], "stored MB": video.nbytes / 2**20}
+        rows.append(row)
+    return rows
+
+
+def batches(bench: Bench, counts: list[int], most: int) -> list[dict]:
+    """So many videos of 24 to 40 frames, each with a question, and 32 new tokens for each."""
+    bench.use("LinVT")
+    rows = []
+    for batch in (1, 2, 4, 8, 16):
+        lengths = [32] if batch == 1 else [24 + 16 * number // (batch - 1) for number in range(batch)]
+        inputs = {**bench.videos(lengths), **bench.prompt(bench.video_tokens, batch)}
+        taken = bench.seconds(lambda: bench.answer(inputs, 32))  # noqa: B023
+        row = {"videos": batch, "seconds": taken, "videos/s": batch / taken, "tokens/s": 32 * batch / taken}
+        rows.append({**row, "peak MB": bench.peak(lambda: bench.answer(inputs, 32))})  # noqa: B023
+    return rows
+
+
+def lengths(bench: Bench, counts: list[int], most: int) -> list[dict]:
+    """Encoding and scoring, some frames at a time; at 1 frame a second, 7,200 frames are two hours."""
+    bench.use("LinVT")
+    rows = []
+    for count in counts:
+        video = []
+
+        def encoder_alone(count=count):
+            for _, inputs in Film(bench, count).on(bench.device):
+                bench.encode(inputs)
+
+        def whole(count=count, video=video):
+            video[:] = [bench.model.encode_video(Film(bench, count))]
+
+        row = {"frames": count, "encoder alone s": bench.seconds(encoder_alone), "all s": bench.seconds(whole)}
+        video.clear()
+        row["peak MB"] = bench.peak(whole)
+        row["stored MB"] = video[0].nbytes / 2**20
+        row["beside it MB"] = row["peak MB"] - row["stored MB"]
+        rows.append({**row, "all / alone": row["all s"] / row["encoder alone s"]})
+    return rows
+
+
+TABLES = {
+    "frames": (
+        frames,
+        [8, 32, 64, 128, 256, 1024],
+        {
+            "frames": "d",
+            "way": "",
+            "prompt": "d",
+            "encoding s": ".3f",
+            "condensing s": ".4f",
+            "prefill s": ".3f",
+            "first token s": ".3f",
+            "first token / encoding": ".2f",
+            "times faster": ".1f",
+            "tokens/s": ".1f",
+            "peak MB": ".0f",
+        },
+    ),
+    "questions": (
+        questions,
+        [64, 256, 1024],
+        {"frames": "d", "first s": ".3f", "further s": ".4f", "times faster": ".1f", "stored MB": ".0f"},
+    ),
+    "batches": (
+        batches,
+        [],
+        {"videos": "d", "seconds": ".2f", "videos/s": ".2f", "tokens/s": ".1f", "peak MB": ".0f"},
+    ),
+    "lengths": (
+        lengths,
+        [64, 256, 1024, 2048, 7200],
+        {
+            "frames": "d",
+            "encoder alone s": ".2f",
+            "all s": ".2f",
+            "all / alone": ".2f",
+            "peak MB": ".0f",
+            "stored MB": ".0f",
+            "beside it MB": ".0f",
+        },
+    ),
+}
+
+
+def exponents(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """Of each stage and way, n in `time ~ frames ** n`, fitted to the logarithms of the rows of 32 frames and more."""
+    found: dict[str, dict[str, float]] = {}
+    for way in dict.fromkeys(row.get("way", "all") for row in rows):
+        of_way = [row for row in rows if row.get("way", "all") == way and row["frames"] >= 32]
+        for stage in (name for name in of_way[0] if name.endswith(" s")):
+            points = [(math.log(r["frames"]), math.log(r[stage])) for r in of_way if isinstance(r.get(stage), float)]
+            if len(points) > 1:
+                x, y = (torch.tensor(values) for values in zip(*points, strict=True))
+                x = x - x.mean()
+                found.setdefault(way, {})[stage.removesuffix(" s")] = round(float((x * y).sum() / (x * x).sum()), 2)
+    return found
+
+
+def _ratio(one, other) -> float | None:
+    return one / other if isinstance(one, float) and isinstance(other, float) else None
+
+
+def profile(bench: Bench, count: int) -> str:
+    """What takes the time from pixels to the first token."""
+    bench.use("LinVT")
+    inputs = {**bench.videos([count]), **bench.prompt(bench.video_tokens)}
+    bench.answer(inputs)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    on_gpu = torch.device(bench.device).type == "cuda"
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as run:
+        bench.answer(inputs)
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    return run.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=60)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    parser.add_argument("tables", nargs="+", choices=[*TABLES, "profile"])
+    parser.add_argument("--base", choices=SIZES, default="small")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--frames", type=int, nargs="+", help="instead of a table's own")
+    parser.add_argument("--most-tokens", type=int, default=70_000, help="longer prompts are not tried")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    args = parser.parse_args()
+    bench = Bench(args.base, args.device, getattr(torch, args.dtype), args.repeats)
+    result = {"base": args.base, "dtype": args.dtype, **environment(args.device), "tables": {}}
+    for name in args.tables:
+        print(f"\n{name}: {args.base}, {args.dtype}, {result['device']}", flush=True)
+        if name == "profile":
+            print(profile(bench, (args.frames or [64])[0]))
+            continue
+        measure, counts, columns = TABLES[name]
+        with torch.no_grad():
+            rows = measure(bench, args.frames or counts, args.most_tokens)
+        show(rows, columns)
+        result["tables"][name] = {"rows": rows}
+        if name in ("frames", "lengths"):
+            result["tables"][name]["exponents"] = exponents(rows)
+            print(f"grow with the frames to the power of {result['tables'][name]['exponents']}")
+        save(args.json, result)
+
+
+if __name__ == "__main__":
+    main()
