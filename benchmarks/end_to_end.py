@@ -7,9 +7,9 @@ A wrapped image-LLM from frames to words: what each stage costs, and how it grow
     python benchmarks/end_to_end.py lengths      # long videos, encoded some frames at a time
     python benchmarks/end_to_end.py frames --base qwen2_vl_7b --device cuda --dtype bfloat16 --json FILE
 
-Real architectures with random weights, since time and memory do not depend on their values; frames are random
-pixels that lie on the device, so that reading a video is not in it (`video_reading.py` measures that). Time to the first token
-is that of `generate` with one new token. Memory is what a run takes beside weights and pixels.
+Real architectures with random weights, since time and memory do not depend on their values; frames are random pixels
+that lie on the device, so that reading a video is not in it (`video_reading.py` measures that). Time to the first
+token is that of `generate` with one new token. Memory is what a run takes beside weights and pixels.
 """
 
 import argparse
@@ -282,20 +282,22 @@ def lengths(bench: Bench, counts: list[int], most: int) -> list[dict]:
     """Encoding and scoring, some frames at a time; at 1 frame a second, 7,200 frames are two hours."""
     bench.use("LinVT")
     rows = []
+    bench.model.encode_video(Film(bench, bench.chunk))  # warms up
     for count in counts:
-        video = []
+        video, repeats = [], bench.repeats if count < 1000 else 1
 
         def encoder_alone(count=count):
             for _, inputs in Film(bench, count).on(bench.device):
                 bench.encode(inputs)
 
         def whole(count=count, video=video):
-            video[:] = [bench.model.encode_video(Film(bench, count))]
+            video.clear()
+            video.append(bench.model.encode_video(Film(bench, count)))
 
-        row = {"frames": count, "encoder alone s": bench.seconds(encoder_alone), "all s": bench.seconds(whole)}
-        video.clear()
-        row["peak MB"] = bench.peak(whole)
-        row["stored MB"] = video[0].nbytes / 2**20
+        row = {"frames": count, "encoder alone s": seconds(encoder_alone, bench.device, repeats, 0)}
+        taken = []
+        row["peak MB"] = bench.peak(lambda: taken.append(seconds(whole, bench.device, repeats, 0)))  # noqa: B023
+        row["all s"], row["stored MB"] = taken[0], video[0].nbytes / 2**20
         row["beside it MB"] = row["peak MB"] - row["stored MB"]
         rows.append({**row, "all / alone": row["all s"] / row["encoder alone s"]})
     return rows
