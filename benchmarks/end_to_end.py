@@ -225,6 +225,7 @@ def frames(bench: Bench, counts: list[int], most: int) -> list[dict]:
             inputs = {**bench.videos([count]), **bench.prompt(tokens)}
             features = torch.stack(bench.encode(pixels))
             asked = {"num_frames": [count], **bench.question()}
+            asked |= {f"frames_{name}": value for name, value in pixels.items() if name != "pixel_values"}
             with torch.no_grad():
                 row["condensing s"] = bench.seconds(
                     lambda: bench.model.get_video_features(frame_features=features, **asked)  # noqa: B023
@@ -352,7 +353,7 @@ def exponents(rows: list[dict]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for way in dict.fromkeys(row.get("way", "all") for row in rows):
         of_way = [row for row in rows if row.get("way", "all") == way and row["frames"] >= 32]
-        for stage in (name for name in of_way[0] if name.endswith(" s")):
+        for stage in [name for name in (of_way or [{}])[0] if name.endswith(" s")]:
             points = [(math.log(r["frames"]), math.log(r[stage])) for r in of_way if isinstance(r.get(stage), float)]
             if len(points) > 1:
                 x, y = (torch.tensor(values) for values in zip(*points, strict=True))

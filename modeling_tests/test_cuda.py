@@ -135,7 +135,8 @@ def test_encoded_videos(stored, tmp_path):
     expected, found = (one.encode_videos([processor.stream(video) for video in videos]) for one in (model, gpu))
     for one, other in zip(expected, found, strict=True):
         assert other.tokens.values.is_cuda and torch.equal(one.tokens.index, other.tokens.index.cpu())
-        torch.testing.assert_close(other.tokens.values.cpu(), one.tokens.values, atol=0.02, rtol=0.02)
+        difference = (other.tokens.values.cpu() - one.tokens.values).abs().mean()  # of a level of 255 here and there
+        assert difference < 0.01 * one.tokens.values.std()
     found[0].save(tmp_path / "video.safetensors")
     settings = {"max_new_tokens": 5, "do_sample": False}
     inputs = [encode(processor, chat(video, "Who?")) for video in (EncodedVideo.load(tmp_path / "video.safetensors"),)]

@@ -4,11 +4,12 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_linvt import LinVTConfig
-from .token_refiner import Candidates, PoolingWindows
+from .token_refiner import Candidates, PoolingWindows, at_all_scales
 from .tokenizer_parts import Attention, FeedForward, PlaceEmbedding
 
 
@@ -22,20 +23,10 @@ class AggregationLayer(GradientCheckpointingLayer):
         self.text_norm, self.text_attention = nn.LayerNorm(config.bottleneck_size), Attention(config)
         self.feed_forward = FeedForward(config)
 
-    def forward(
-        self,
-        queries: Tensor,
-        text: Tensor,
-        text_mask: Tensor | None,
-        sizes: list[int],
-        masks: list[Tensor],
-        *scales: Tensor,  # not in a list: checkpointing finds only tensors that are arguments of their own
-    ) -> Tensor:
+    def forward(self, queries: Tensor, text: Tensor, text_mask: Tensor | None, visual: Tensor, seen: Tensor) -> Tensor:
         x = self.self_norm(queries)
         queries = queries + self.self_attention(x, x)
-        parts = self.visual_norm(queries).split(sizes, dim=1)
-        read = [self.visual_attention(*inputs) for inputs in zip(parts, scales, masks, strict=True)]
-        queries = queries + torch.cat(read, dim=1)
+        queries = queries + self.visual_attention(self.visual_norm(queries), visual, seen)
         queries = queries + self.text_attention(self.text_norm(queries), text, text_mask)
         return queries + self.feed_forward(queries)
 
@@ -60,44 +51,46 @@ class TextConditionedAggregator(nn.Module):
     def forward(self, kept: Candidates, rest: Candidates | None, text: Tensor, text_mask: Tensor | None) -> Tensor:
         # k tokens kept and R averages of the rest, text [B, 1 + L, d] -> weights [B, M, k + R]
         windows = [PoolingWindows(kept.mask, kernel) for kernel in self.config.pooling_scales]
-        # The averages are as coarse as they should be: every scale sees them as they are.
-        features = [_with(window.pool(kept.features), rest and rest.features) for window in windows]
-        masks = [_with(window.mask, rest and rest.mask) for window in windows]
+        visual = at_all_scales(kept, rest, windows)  # of K = W + W / 2 + W / 4 + R in all
+        seen = self._seen(visual.mask, [window.count for window in windows])  # [B, M, K]
         queries = self.queries + self.embed_center(self.centers, self.queries.dtype)
         queries = queries.expand(len(kept.features), -1, -1)  # [B, M, d]
-        sizes = self.config.queries_per_scale
         for layer in self.layers:
-            queries = layer(queries, text, text_mask, sizes, masks, *features)
+            queries = layer(queries, text, text_mask, visual.features, seen)
 
         queries = self.to_query(self.query_norm(queries)) / math.sqrt(queries.shape[-1])
-        keys = [self.to_key(x) for x in features]
+        keys = self.to_key(visual.features)
         with _without_autocast(queries.device.type):
-            return self._weigh(queries.float(), keys, masks, windows, kept, rest)
+            return self._spread(self._weigh(queries.float(), keys.float(), seen, visual), windows)
 
-    def _weigh(self, queries, keys, masks, windows, kept: Candidates, rest: Candidates | None) -> Tensor:
+    def _seen(self, mask: Tensor, counts: list[int]) -> Tensor:
+        """What each query may read: of the K what is of its own scale, and the averages, which are of none."""
+        scale, block = (
+            torch.cat([torch.full((count,), number, device=mask.device) for number, count in enumerate(sizes)])
+            for sizes in (self.config.queries_per_scale, counts)
+        )
+        own = F.pad(scale[:, None] == block, (0, mask.shape[1] - sum(counts)), value=True)
+        return own & mask[:, None]
+
+    def _weigh(self, queries: Tensor, keys: Tensor, seen: Tensor, visual: Candidates) -> Tensor:
         """Linear aggregation: one softmax over the tokens for each query, in float32, and nothing after it but V."""
-        sizes = self.config.queries_per_scale
-        parts = (queries.split(sizes, dim=1), self.centers.split(sizes), self.log_widths.split(sizes))
-        weights = []
-        for query, center, log_width, key, mask, window in zip(*parts, keys, masks, windows, strict=True):
-            logits = query @ key.float().transpose(1, 2)  # [B, M_s, W + R]
-            places = _with(window.pool(kept.places), rest and rest.places)
-            offset = places[:, None] - center.float()[:, None]  # [B, M_s, W + R, 3]
-            logits = logits - 0.5 * (offset / log_width.float().exp()[:, None]).square().sum(dim=-1)
-            # The gradient path of the scores: a token that SSS finds insignificant weighs less (ours).
-            significance = _with(window.pool_log(kept.log_significance), rest and rest.log_significance)
-            logits = (logits + significance[:, None]).masked_fill(~mask[:, None], torch.finfo(logits.dtype).min)
-            share = logits.softmax(dim=-1)
-            count = window.mask.shape[1]
-            weights.append(_with(window.spread(share[..., :count]), share[..., count:], dim=2))
-        rows = torch.cat(weights, dim=1).unbind(dim=1)
+        offset = visual.places[:, None] - self.centers.float()[:, None]  # [B, M, K, 3]
+        logits = queries @ keys.transpose(1, 2)  # [B, M, K]
+        logits = logits - 0.5 * (offset / self.log_widths.float().exp()[:, None]).square().sum(dim=-1)
+        # The gradient path of the scores: a token that SSS finds insignificant weighs less (ours).
+        logits = logits + visual.log_significance[:, None]
+        return logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(dim=-1)
+
+    def _spread(self, share: Tensor, windows: list[PoolingWindows]) -> Tensor:
+        """Weights of windows and averages [B, M, K] to those of tokens and averages [B, M, k + R], in token order."""
+        counts = [window.count for window in windows]
+        *blocks, averages = share.split([*counts, share.shape[2] - sum(counts)], dim=2)
+        weights = sum(window.spread(block) for window, block in zip(windows, blocks, strict=True))
+        rows = torch.cat([weights, averages], dim=2).unbind(dim=1)
         return torch.stack([rows[query] for query in self.token_order], dim=1)  # a list as index makes a GPU wait
-
-
-def _with(first: Tensor, second: Tensor | None, dim: int = 1) -> Tensor:
-    return first if second is None else torch.cat([first, second], dim=dim)
 
 
 def _without_autocast(device: str) -> AbstractContextManager:
     """Autocast would undo the float32 of what it runs around; not every device has one."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    # Asked of torch, this would end a compiled graph in torch 2.11.
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)

@@ -174,20 +174,24 @@ class PoolingWindows:
     MTP at one scale: average pooling of neighbouring tokens, as weights that go both ways.
 
     `share` [B, W, s] holds what each token contributes to its window of s; the last window may be shorter, and padding
-    contributes nothing. `mask` [B, W] is True for windows that hold a token.
+    contributes nothing. `mask` [B, W] is True for windows that hold a token, and `count` is W.
     """
 
     def __init__(self, token_mask: Tensor, kernel: int):
         self.length = token_mask.shape[1]
-        windows = rearrange(F.pad(token_mask, (0, -self.length % kernel)), "b (w s) -> b w s", s=kernel)
+        self.missing = -self.length % kernel  # of the last window
+        windows = rearrange(self._whole(token_mask[..., None]), "b (w s) 1 -> b w s", s=kernel)
         count = windows.sum(dim=-1, keepdim=True)
         self.mask = count[..., 0] > 0
+        self.count = self.mask.shape[1]
         self.share = windows / count.clamp(min=1)
         self.kernel = kernel
 
     def _windows(self, x: Tensor) -> Tensor:  # [B, k, c] -> [B, W, s, c]
-        x = F.pad(x, (0, 0, 0, -self.length % self.kernel))
-        return rearrange(x, "b (w s) c -> b w s c", s=self.kernel)
+        return rearrange(self._whole(x), "b (w s) c -> b w s c", s=self.kernel)
+
+    def _whole(self, x: Tensor) -> Tensor:  # [B, k, c] -> [B, W * s, c]
+        return F.pad(x, (0, 0, 0, self.missing)) if self.missing else x
 
     def pool(self, x: Tensor) -> Tensor:  # [B, k, c] -> [B, W, c]
         if self.kernel == 1:
@@ -201,3 +205,17 @@ class PoolingWindows:
 
     def spread(self, weights: Tensor) -> Tensor:  # [B, M, W] -> [B, M, k]: weights of windows as weights of tokens
         return rearrange(weights[..., None] * self.share[:, None], "b m w s -> b m (w s)")[..., : self.length]
+
+
+def at_all_scales(kept: Candidates, rest: Candidates | None, windows: list[PoolingWindows]) -> Candidates:
+    """
+    MTP: the kept tokens as every scale has them, one scale after another, and after them the averages of the rest,
+    which are as coarse as they should be.
+    """
+    parts = [
+        (window.pool(kept.features), window.mask, window.pool(kept.places), window.pool_log(kept.log_significance))
+        for window in windows
+    ]
+    if rest is not None:
+        parts.append((rest.features, rest.mask, rest.places, rest.log_significance))
+    return Candidates(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))

@@ -243,7 +243,10 @@ def _resized(frames: Tensor, settings: _Settings, target: tuple[int, int] | None
         return pixels
     if not pixels.is_cuda:
         return F.interpolate(pixels, target, mode=mode, antialias=True)
-    return F.interpolate(pixels.float(), target, mode=mode, antialias=True).round().clamp(0, 255)
+    pixels = pixels.float()
+    for size in ((pixels.shape[2], target[1]), target):  # widths first, and whole levels between, as on the CPU
+        pixels = F.interpolate(pixels, size, mode=mode, antialias=True).round().clamp(0, 255)
+    return pixels
 
 
 def _cut(pixels: Tensor, settings: _Settings) -> Tensor:

@@ -37,12 +37,13 @@ class Attention(nn.Module):
         self.value, self.output = nn.Linear(size, size), nn.Linear(size, size)
 
     def forward(self, x: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:
-        """x [B, Q, d] reads context [B, K, d] where context_mask [B, K] is True; gives [B, Q, d]."""
+        """x [B, Q, d] reads context [B, K, d] where context_mask, [B, K] or [B, Q, K], is True; gives [B, Q, d]."""
         heads = self.config.num_heads
         query = rearrange(self.query(x), "b q (h c) -> b h q c", h=heads)
         key = rearrange(self.key(context), "b k (h c) -> b h k c", h=heads)
         value = rearrange(self.value(context), "b k (h c) -> b h k c", h=heads)
-        mask = None if context_mask is None else context_mask[:, None, None, :]  # [B, 1, 1, K]
+        mask = context_mask if context_mask is None or context_mask.ndim == 3 else context_mask[:, None]
+        mask = None if mask is None else mask[:, None]  # [B, 1, Q or 1, K]
         if self.config._attn_implementation == "eager":
             logits = query.float() @ key.float().transpose(-1, -2) / math.sqrt(key.shape[-1])
             if mask is not None:
