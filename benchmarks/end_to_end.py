@@ -126,15 +126,15 @@ class Bench:
         shape = (1024, 3 * 2 * 14 * 14) if self.qwen else (1, 3, side, side)  # rows of one frame
         self.one_chunk = torch.randn(self.chunk, *shape, device=device, dtype=dtype).flatten(0, 1)
 
-    def use(self, way: str) -> int:
-        """Puts a way to condense videos into the model; returns how many tokens it gives a video of one frame."""
+    def use(self, way: str, count: int = 1) -> int:
+        """Puts a way to condense videos into the model; returns how many tokens it makes of so many frames."""
         if way == "LinVT":
             self.model.video_tokenizer = self.tokenizer
         elif way == "pooled":  # as many tokens as LinVT gives
             self.model.video_tokenizer = Condenser(uniform_pooling(self.video_tokens // 16, 4))
         else:
             self.model.video_tokenizer = Condenser(lambda tokens: tokens.flatten(1, 2))
-        return self.places if way == "every frame" else self.video_tokens
+        return self.places * count if way == "every frame" else self.video_tokens
 
     def frames(self, count: int) -> dict[str, Tensor]:
         """Pixels of so many frames, as the vision encoder takes them."""
@@ -182,8 +182,8 @@ class Bench:
         embeds = torch.zeros(1, tokens, self.model.config.hidden_size, device=self.device, dtype=self.dtype)
         self.model.base(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
 
-    def seconds(self, work: Callable[[], object]) -> float:
-        return seconds(work, self.device, self.repeats)
+    def seconds(self, work: Callable[[], object], warm_up: int = 1) -> float:
+        return seconds(work, self.device, self.repeats, warm_up)
 
     def peak(self, work: Callable[[], object]) -> float:
         return peak_megabytes(work, self.device)
@@ -206,50 +206,49 @@ class Film:
         pass
 
 
-# ---- the tables ----
+# ---- the tables: a row at a time ----
 
 
-def frames(bench: Bench, counts: list[int], most: int) -> list[dict]:
+def frames(bench: Bench, counts: list[int], most: int) -> Iterator[dict]:
     """From pixels to the first token, and from there."""
-    rows = []
     for count in counts:
         pixels = bench.frames(count)
         encoding = bench.seconds(lambda: bench.encode(pixels))  # noqa: B023
+        features = torch.stack(bench.encode(pixels))
+        asked = {"num_frames": [count], "frame_features": features, **bench.question()}
+        asked |= {f"frames_{name}": value for name, value in pixels.items() if name != "pixel_values"}
+        whole = None
         for way in WAYS:
-            each = bench.use(way)
-            tokens = each * count if way == "every frame" else each
+            tokens = bench.use(way, count)
             row = {"frames": count, "way": way, "prompt": tokens + 2 * WORDS, "encoding s": encoding}
-            rows.append(row)
-            if tokens > most:
-                continue
-            inputs = {**bench.videos([count]), **bench.prompt(tokens)}
-            features = torch.stack(bench.encode(pixels))
-            asked = {"num_frames": [count], **bench.question()}
-            asked |= {f"frames_{name}": value for name, value in pixels.items() if name != "pixel_values"}
-            with torch.no_grad():
-                row["condensing s"] = bench.seconds(
-                    lambda: bench.model.get_video_features(frame_features=features, **asked)  # noqa: B023
-                )
-            try:
-                row["prefill s"] = bench.seconds(lambda: bench.prefill(tokens + 2 * WORDS))  # noqa: B023
-                row["first token s"] = bench.seconds(lambda: bench.answer(inputs))  # noqa: B023
-                more = bench.seconds(lambda: bench.answer(inputs, 17)) - row["first token s"]  # noqa: B023
-                row["tokens/s"] = 16 / more
-                row["peak MB"] = bench.peak(lambda: bench.answer(inputs))  # noqa: B023
-            except torch.cuda.OutOfMemoryError:
-                row["first token s"] = "no room"
-                torch.cuda.empty_cache()
-            row["first token / encoding"] = _ratio(row["first token s"], encoding)
-        whole = rows[-len(WAYS)].get("first token s")
-        for row in rows[-len(WAYS) :]:
-            row["times faster"] = _ratio(whole, row.get("first token s"))
-    return rows
+            if tokens <= most:
+                inputs = {**bench.videos([count]), **bench.prompt(tokens)}
+                try:
+                    row |= _stages(bench, inputs, asked, tokens)
+                    row["first token / encoding"] = row["first token s"] / encoding
+                except torch.cuda.OutOfMemoryError:
+                    row["first token s"] = "no room"
+                    torch.cuda.empty_cache()
+            first = row.get("first token s")
+            whole = first if way == WAYS[0] else whole
+            if isinstance(first, float) and isinstance(whole, float):
+                row["times faster"] = whole / first
+            yield row
 
 
-def questions(bench: Bench, counts: list[int], most: int) -> list[dict]:
+def _stages(bench: Bench, inputs: dict, asked: dict, tokens: int) -> dict:
+    row, first, more = {}, [], []
+    row["condensing s"] = bench.seconds(lambda: bench.model.get_video_features(**asked))
+    row["prefill s"] = bench.seconds(lambda: bench.prefill(tokens + 2 * WORDS))
+    bench.answer(inputs, 2)  # warms up
+    row["peak MB"] = bench.peak(lambda: first.append(bench.seconds(lambda: bench.answer(inputs), 0)))
+    more.append(bench.seconds(lambda: bench.answer(inputs, 17), 0))
+    return {**row, "first token s": first[0], "tokens/s": 16 / (more[0] - first[0])}
+
+
+def questions(bench: Bench, counts: list[int], most: int) -> Iterator[dict]:
     """Of an encoded video only the second half of LinVT and the language model are run again."""
     bench.use("LinVT")
-    rows = []
     for count in counts:
         prompt = {**bench.prompt(bench.video_tokens), **bench.question()}
         video = bench.model.encode_video(Film(bench, count))
@@ -261,31 +260,26 @@ def questions(bench: Bench, counts: list[int], most: int) -> list[dict]:
             return bench.answer({**prompt, "encoded_videos": [video]})
 
         row = {"frames": count, "first s": bench.seconds(first), "further s": bench.seconds(further)}
-        row |= {"times faster": row["first s"] / row["further s"], "stored MB": video.nbytes / 2**20}
-        rows.append(row)
-    return rows
+        yield {**row, "times faster": row["first s"] / row["further s"], "stored MB": video.nbytes / 2**20}
 
 
-def batches(bench: Bench, counts: list[int], most: int) -> list[dict]:
+def batches(bench: Bench, counts: list[int], most: int) -> Iterator[dict]:
     """So many videos of 24 to 40 frames, each with a question, and 32 new tokens for each."""
     bench.use("LinVT")
-    rows = []
     for batch in (1, 2, 4, 8, 16):
         lengths = [32] if batch == 1 else [24 + 16 * number // (batch - 1) for number in range(batch)]
-        inputs = {**bench.videos(lengths), **bench.prompt(bench.video_tokens, batch)}
-        taken = bench.seconds(lambda: bench.answer(inputs, 32))  # noqa: B023
-        row = {"videos": batch, "seconds": taken, "videos/s": batch / taken, "tokens/s": 32 * batch / taken}
-        rows.append({**row, "peak MB": bench.peak(lambda: bench.answer(inputs, 32))})  # noqa: B023
-    return rows
+        inputs, taken = {**bench.videos(lengths), **bench.prompt(bench.video_tokens, batch)}, []
+        peak = bench.peak(lambda: taken.append(bench.seconds(lambda: bench.answer(inputs, 32))))  # noqa: B023
+        rate = batch / taken[0]
+        yield {"videos": batch, "seconds": taken[0], "videos/s": rate, "tokens/s": 32 * rate, "peak MB": peak}
 
 
-def lengths(bench: Bench, counts: list[int], most: int) -> list[dict]:
+def lengths(bench: Bench, counts: list[int], most: int) -> Iterator[dict]:
     """Encoding and scoring, some frames at a time; at 1 frame a second, 7,200 frames are two hours."""
     bench.use("LinVT")
-    rows = []
     bench.model.encode_video(Film(bench, bench.chunk))  # warms up
     for count in counts:
-        video, repeats = [], bench.repeats if count < 1000 else 1
+        video, taken = [], []
 
         def encoder_alone(count=count):
             for _, inputs in Film(bench, count).on(bench.device):
@@ -295,13 +289,11 @@ def lengths(bench: Bench, counts: list[int], most: int) -> list[dict]:
             video.clear()
             video.append(bench.model.encode_video(Film(bench, count)))
 
-        row = {"frames": count, "encoder alone s": seconds(encoder_alone, bench.device, repeats, 0)}
-        taken = []
-        row["peak MB"] = bench.peak(lambda: taken.append(seconds(whole, bench.device, repeats, 0)))  # noqa: B023
+        row = {"frames": count, "encoder alone s": bench.seconds(encoder_alone, 0)}
+        row["peak MB"] = bench.peak(lambda: taken.append(bench.seconds(whole, 0)))  # noqa: B023
         row["all s"], row["stored MB"] = taken[0], video[0].nbytes / 2**20
         row["beside it MB"] = row["peak MB"] - row["stored MB"]
-        rows.append({**row, "all / alone": row["all s"] / row["encoder alone s"]})
-    return rows
+        yield {**row, "all / alone": row["all s"] / row["encoder alone s"]}
 
 
 TABLES = {
@@ -362,10 +354,6 @@ def exponents(rows: list[dict]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _ratio(one, other) -> float | None:
-    return one / other if isinstance(one, float) and isinstance(other, float) else None
-
-
 def profile(bench: Bench, count: int) -> str:
     """What takes the time from pixels to the first token."""
     bench.use("LinVT")
@@ -388,6 +376,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--frames", type=int, nargs="+", help="instead of a table's own")
+    parser.add_argument("--lengths", type=int, nargs="+", help="the same for the table of lengths")
     parser.add_argument("--most-tokens", type=int, default=70_000, help="longer prompts are not tried")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the results here")
@@ -400,10 +389,14 @@ def main() -> None:
             print(profile(bench, (args.frames or [64])[0]))
             continue
         measure, counts, columns = TABLES[name]
+        rows = []
         with torch.no_grad():
-            rows = measure(bench, args.frames or counts, args.most_tokens)
+            own = args.lengths if name == "lengths" else args.frames
+            for row in measure(bench, own or counts, args.most_tokens):
+                rows.append(row)
+                result["tables"][name] = {"rows": rows}
+                save(args.json, result)  # a long run may be cut off
         show(rows, columns)
-        result["tables"][name] = {"rows": rows}
         if name in ("frames", "lengths"):
             result["tables"][name]["exponents"] = exponents(rows)
             print(f"grow with the frames to the power of {result['tables'][name]['exponents']}")

@@ -291,7 +291,7 @@ def test_of_a_long_video_so_much_is_stored(files, tmp_path):
     model, processor = wrapped("internvl_qwen2")
     model = copy.deepcopy(model)
     for part in (model, model.video_tokenizer, model.video_tokenizer.scorer):
-        part.config.num_stored_tokens, part.config.score_window, part.config.score_overlap = 40, 8, 4
+        part.config.num_stored_tokens, part.config.score_window = 40, 32
     video = model.encode_video(processor.stream(files["groups.mp4"], num_frames=30))
     assert video.tokens.values.shape[1] == 40 and video.tokens.dropped is not None
     video.save(tmp_path / "long.safetensors")

@@ -20,7 +20,6 @@ _LEAST = {
     "num_scoring_layers": 0,
     "num_aggregation_layers": 0,
     "score_window": 1,
-    "score_overlap": 0,
     "num_stored_tokens": 1,
     "mlp_ratio": 1,
     "num_selected_tokens": 1,
@@ -45,8 +44,8 @@ class LinVTConfig(PreTrainedConfig):
         bottleneck_size: d, the width in which LinVT scores and attends. Values never pass through it.
         num_heads: attention heads inside LinVT. The final aggregation has one head, hence one weight a token.
         num_scoring_layers: layers of spatial and temporal attention in SSS.
-        score_window, score_overlap: frames that SSS compares with each other, and how many of them two windows share;
-            a longer video takes several.
+        score_window: tokens, of as many frames as they make, that SSS compares with each other; a longer video takes
+            several windows, each with a quarter of the one before.
         num_stored_tokens: the most tokens of an encoded video that are stored for later questions. Of a longer one the
             most significant of all and of each stretch of time are, and averages of the others.
         num_aggregation_layers: layers of self-, visual and text attention in TTA.
@@ -77,8 +76,7 @@ class LinVTConfig(PreTrainedConfig):
     bottleneck_size: int = 512  # ours: the authors' code works at full width, 2.1 B parameters at D = 3584
     num_heads: int = 8  # ours; authors' code: 4 at full width
     num_scoring_layers: int = 2  # ours; paper: "L"; authors' code: 8
-    score_window: int = 256  # ours: a longer video costs in proportion to its length
-    score_overlap: int = 64  # ours
+    score_window: int = 16_384  # ours, 64 frames of 256: a longer video costs in proportion to its length
     num_stored_tokens: int = 65_536  # ours: 256 frames of 256 tokens, 470 MB in bfloat16 at D = 3584
     num_aggregation_layers: int = 2  # ours; paper: "L"; authors' code: 8
     mlp_ratio: int = 4  # ours
@@ -123,10 +121,6 @@ class LinVTConfig(PreTrainedConfig):
             value = getattr(self, name)
             if min(value if isinstance(value, list) else [value]) < least:
                 raise ValueError(f"{name} must be at least {least}; got {value}.")
-        if self.score_overlap >= self.score_window:
-            raise ValueError(
-                f"score_overlap ({self.score_overlap}) must be less than score_window ({self.score_window})."
-            )
         if self.bottleneck_size % self.num_heads:
             raise ValueError(
                 f"bottleneck_size ({self.bottleneck_size}) must be a multiple of num_heads ({self.num_heads})."

@@ -34,47 +34,50 @@ class RunningTokens:
         times = None if frame_times is None else frame_times.to(device)[None]
         self.times = normalise_times(times, None, 1, num_frames, device)  # [1, T]
         self.grid = grid_places(self.places, grid, device)  # [N, 2]
-        self.windows = windows_of(num_frames, self.config.score_window, self.config.score_overlap)
+        self.windows = windows_of(num_frames, self.places, self.config.score_window)
         self.most = min(num_frames * self.places, self.config.num_stored_tokens)
         self.tokens: VideoTokens | None = None  # room for `most`, of which `stored` are there
         self.stored, self.scores = 0, None  # [1, most], of no question and without novelty, whose scale changes
         self.sums: list[Tensor] | None = None  # of what is dropped, over stretches of time
-        # Frames of which no window was complete yet: their number, V and x, each [1, t, N, .], and change [1, t, N].
+        # Frames `first` to `seen`, of a window that is not complete: V and x, [1, t, N, .], and change, [1, t, N].
         self.seen = self.first = 0
-        self.values = self.x = self.change = self.before = None
+        self.waiting: tuple[Tensor, Tensor, Tensor] | None = None
+        self.before = None
 
     @torch.no_grad()
     def add(self, visual_tokens: Tensor) -> None:
-        """The next frames, [t, N, D]."""
+        """The next frames, [t, N, D]. Raises `ValueError` where that is more than there should be."""
+        if self.seen + len(visual_tokens) > self.times.shape[1]:
+            raise ValueError(f"{self.times.shape[1]} frames were promised, and more came.")
         values = visual_tokens[None]
         x = self.tokenizer.scorer.look(values)
         change = change_of(x, before=self.before)
         self.before = x[:, -1]
-        if self.values is None:
-            self.values, self.x, self.change = values, x, change
-        else:
-            self.values, self.x, self.change = (
-                torch.cat(pair, dim=1) for pair in ((self.values, values), (self.x, x), (self.change, change))
-            )
-        self.seen += values.shape[1]
-        while self.windows and self.seen >= self.windows[0].stop:
-            self._finish_window()
+        come = (values, x, change)
+        if self.waiting is None:
+            self.waiting = tuple(part.new_empty(1, self.windows[0].stop, *part.shape[2:]) for part in come)
+        done = 0
+        while done < len(visual_tokens):
+            count = min(len(visual_tokens) - done, self.windows[0].stop - self.seen)
+            for kept, part in zip(self.waiting, come, strict=True):
+                kept[:, self.seen - self.first :][:, :count] = part[:, done : done + count]
+            done, self.seen = done + count, self.seen + count
+            if self.seen == self.windows[0].stop:
+                self._finish_window()
 
     def _finish_window(self) -> None:
         window = self.windows.pop(0)
-        inside, own = (
-            slice(start - self.first, stop - self.first)
-            for start, stop in ((window.start, window.stop), (window.first, window.last))
-        )
+        inside = slice(0, window.stop - window.start)
+        own = slice(window.first - window.start, window.last - window.start)
+        values, x, change = self.waiting
         times = self.times[:, window.start : window.stop]
-        features = self.tokenizer.scorer.compare_window(self.x[:, inside], None, times, self.grid)
-        features = features[:, window.first - window.start : window.last - window.start]
+        features = self.tokenizer.scorer.compare_window(x[:, inside], None, times, self.grid)[:, own]
         where = everywhere(self.times[:, window.first : window.last], self.grid)
         index = torch.arange(window.first * self.places, window.last * self.places, device=where.device)[None]
-        change = self.change[:, own].flatten(1)
+        change = change[:, own].flatten(1)
         self._store(
             VideoTokens(
-                values=self.values[:, own].flatten(1, 2),
+                values=values[:, own].flatten(1, 2),
                 features=features.flatten(1, 2),
                 change=change,
                 largest=change.amax(dim=1),
@@ -84,9 +87,13 @@ class RunningTokens:
                 places=self.places,
             )
         )
-        next_start = self.windows[0].start if self.windows else window.stop
-        done, self.first = next_start - self.first, next_start
-        self.values, self.x, self.change = (part[:, done:].clone() for part in (self.values, self.x, self.change))
+        if not self.windows:
+            self.waiting = None
+            return
+        self.first = self.windows[0].start
+        shared = slice(self.first - window.start, window.stop - window.start)
+        for kept in self.waiting:
+            kept[:, : window.stop - self.first] = kept[:, shared].clone()
 
     # ---- the running set ----
 
@@ -148,7 +155,7 @@ class RunningTokens:
     def finish(self) -> VideoTokens:
         """All frames are there. Raises `ValueError` if some are not."""
         if self.windows:
-            raise ValueError(f"{len(self.times[0])} frames were promised, and {self.seen} came.")
+            raise ValueError(f"{self.times.shape[1]} frames were promised, and {self.seen} came.")
         tokens = self.tokens
         if self.sums is not None:
             weight, count, *sums = self.sums

@@ -75,7 +75,7 @@ class SignificanceScorer(nn.Module):
             frame_mask: [B, T]; times: [B, T] in 0..1; grid: [N, 2].
         """
         parts = []
-        for window in windows_of(x.shape[1], self.config.score_window, self.config.score_overlap):
+        for window in windows_of(x.shape[1], x.shape[2], self.config.score_window):
             inside, own = (
                 slice(window.start, window.stop),
                 slice(window.first - window.start, window.last - window.start),
@@ -127,13 +127,15 @@ class Window:
     last: int
 
 
-def windows_of(frames: int, size: int, overlap: int) -> list[Window]:
+def windows_of(frames: int, places: int, tokens: int) -> list[Window]:
     """
-    Windows of `size` frames, each with `overlap` frames of the one before, so that a long video costs in proportion
-    to its length (ours). The frames that two windows share belong half to one and half to the other.
+    Windows of so many tokens, `places` a frame, each with a quarter of the one before, so that a long video costs in
+    proportion to its length (ours). The frames that two windows share belong half to one and half to the other.
     """
+    size = max(tokens // places, 1)
     if frames <= size:
         return [Window(0, frames, 0, frames)]
+    overlap = size // 4
     step = size - overlap
     starts = range(0, frames - overlap, step)
     bounds = [0, *(start + overlap // 2 for start in starts[1:]), frames]
