@@ -98,7 +98,7 @@ class RunningTokens:
     # ---- the running set ----
 
     def _store(self, new: VideoTokens) -> None:
-        if new.values.shape[1] == self.most:  # a video of one window
+        if self.tokens is None and not self.windows and new.values.shape[1] == self.most:  # a video of one window
             self.tokens = new
             return
         scorer, text = self.tokenizer.scorer, self.tokenizer.question(1, None, None)[0]
