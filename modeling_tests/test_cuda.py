@@ -118,8 +118,8 @@ def test_frames_to_pixels(name):
     """To a level of 255 on average, and two at most, as on the CPU."""
     image_processor, frame_kwargs = published_processor(name)
     frames = frames_of(360, 640)
-    both = (frames_to_pixels(one, image_processor, frame_kwargs)["pixel_values"] for one in (frames, frames.cuda()))
-    cpu, gpu = both
+    cpu = frames_to_pixels(frames, image_processor, frame_kwargs)["pixel_values"]
+    gpu = frames_to_pixels(frames.cuda(), image_processor, frame_kwargs)["pixel_values"]
     levels = (gpu.cpu() - cpu).abs() * 255 * min(image_processor.image_std)
     assert gpu.is_cuda and levels.mean() < 1 and levels.max() < 2.01
 
@@ -139,9 +139,9 @@ def test_encoded_videos(stored, tmp_path):
         assert difference < 0.01 * one.tokens.values.std()
     found[0].save(tmp_path / "video.safetensors")
     settings = {"max_new_tokens": 5, "do_sample": False}
-    inputs = [encode(processor, chat(video, "Who?")) for video in (EncodedVideo.load(tmp_path / "video.safetensors"),)]
-    moved = {key: value.cuda() if key != "encoded_videos" else value for key, value in inputs[0].items()}
-    assert torch.equal(gpu.generate(**moved, **settings).cpu(), model.generate(**inputs[0], **settings))
+    inputs = encode(processor, chat(EncodedVideo.load(tmp_path / "video.safetensors"), "Who?"))
+    moved = {key: value.cuda() if key != "encoded_videos" else value for key, value in inputs.items()}
+    assert torch.equal(gpu.generate(**moved, **settings).cpu(), model.generate(**inputs, **settings))
 
 
 def test_pipeline(tmp_path):

@@ -1053,3 +1053,5 @@ def test_frames_that_do_not_come():
     running.add(video(1, 3, 4)[0])
     with pytest.raises(ValueError, match="5 frames were promised, and 3 came"):
         running.finish()
+    with pytest.raises(ValueError, match="5 frames were promised, and more came"):
+        running.add(video(1, 3, 4)[0])
