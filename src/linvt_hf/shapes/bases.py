@@ -82,7 +82,7 @@ class Base:
 
 def _qwen_patches(pixels: Tensor) -> dict[str, Tensor]:
     layout = "p c (h a i) (w b j) -> (p h w a b) (c t i j)"
-    grid = torch.tensor([[1, 2 * SIDE, 2 * SIDE]]).expand(len(pixels), -1)
+    grid = torch.tensor([[1, 2 * SIDE, 2 * SIDE]], device=pixels.device).expand(len(pixels), -1)
     return {"pixel_values": repeat(pixels, layout, a=2, b=2, i=PATCH, j=PATCH, t=2), "image_grid_thw": grid}
 
 

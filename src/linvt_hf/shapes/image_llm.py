@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..training.labels import IGNORED
@@ -115,12 +116,12 @@ def pretrain(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """
     First the vision encoder alone, by what lies where; then all of it, by questions, descriptions and stories. No
-    scene is seen twice. In bfloat16 where the CPU has it.
+    scene is seen twice. On a GPU if there is one; in bfloat16 where the device has it.
     """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(base)
-    model = base.build(tokenizer)
-    head = ContentsHead(model.config.text_config.hidden_size)
+    model = base.build(tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")
+    head = ContentsHead(model.config.text_config.hidden_size).to(model.device)
     language = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
     vision = [p for p in model.parameters() if id(p) not in language]
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
@@ -132,20 +133,18 @@ def pretrain(
     # In bfloat16 on a CPU, PyTorch's own fused attention takes more than twice as long to train as this.
     model.set_attn_implementation("eager")
 
-    def views() -> Iterator[tuple[np.ndarray, Tensor]]:
+    def views() -> list[tuple[np.ndarray, np.ndarray]]:
         several = list(itertools.islice(scenes, batch))
-        target = torch.from_numpy(np.stack([contents(scene) for scene in several]))
-        yield np.stack([as_file(draw(scene, 0), random) for scene in several]), target
+        drawn = np.stack([as_file(draw(scene, 0), random) for scene in several])
+        return [(drawn, np.stack([contents(scene) for scene in several]))]
 
-    def seen(pixels: np.ndarray, target: Tensor) -> Tensor:
-        return head.loss(visual_tokens(model, pixels, base), target)
+    def seen(pixels: np.ndarray, target: np.ndarray) -> Tensor:
+        return head.loss(visual_tokens(model, pixels, base), torch.from_numpy(target).to(model.device))
 
-    progress = itertools.count()
-
-    def prompts() -> Iterator[tuple[list[Sample], int, int]]:
+    def prompts(step: int) -> list[tuple[list[Sample], int, int]]:
         told = batch // 4
         # To find a thing in one picture comes first: with half of them albums from the start, 2,000 steps did not do.
-        albums = 0.0 if next(progress) < 0.4 * steps else 0.6
+        albums = 0.0 if step < 0.4 * steps else 0.6
         samples = [
             pictures_sample(scene, random, tokenizer, albums, base) for scene in itertools.islice(scenes, batch - told)
         ]
@@ -153,25 +152,43 @@ def pretrain(
         samples.sort(key=lambda sample: len(sample.ids))
         labels = sum(label != IGNORED for sample in samples for label in sample.labels)
         pictures = sum(len(sample.pixels) for sample in samples)
-        for start in range(0, batch, batch // 2):  # parts of like length hold little padding
-            yield samples[start : start + batch // 2], labels, pictures
+        parts = (samples[: batch // 2], samples[batch // 2 :])  # those of like length hold little padding
+        return [(part, labels, pictures) for part in parts]
 
     def answered(samples: list[Sample], labels: int, pictures: int) -> Tensor:
         inputs, tokens = collate(samples, model, base)
         loss = model(**inputs, num_items_in_batch=labels).loss
         if len(tokens) == 0:
             return loss
-        target = torch.from_numpy(np.concatenate([sample.contents for sample in samples]))
+        target = torch.from_numpy(np.concatenate([sample.contents for sample in samples])).to(model.device)
         return loss + 0.25 * len(tokens) / pictures * head.loss(tokens, target)
 
-    _run(views, seen, [*vision, *head.parameters()], vision_steps, rate, log, "vision")
-    _run(prompts, answered, [*model.parameters(), *head.parameters()], steps, rate / 2, log, "all")
+    def batches() -> Iterator[list[tuple]]:
+        yield from (views() for _ in range(vision_steps))
+        yield from (prompts(step) for step in range(steps))
+
+    drawn = _ahead(batches()) if model.device.type == "cuda" else batches()
+    _run(drawn, seen, [*vision, *head.parameters()], vision_steps, rate, log, "vision")
+    _run(drawn, answered, [*model.parameters(), *head.parameters()], steps, rate / 2, log, "all")
     model.set_attn_implementation("sdpa")
     return model.eval(), tokenizer
 
 
+class _Stream(IterableDataset):
+    def __init__(self, items: Iterator):
+        self.items = items
+
+    def __iter__(self) -> Iterator:
+        return self.items
+
+
+def _ahead(items: Iterator) -> Iterator:
+    """The same items, drawn in a process of their own: that takes as long as a GPU takes to learn from them."""
+    return iter(DataLoader(_Stream(items), batch_size=None, collate_fn=list, num_workers=1, prefetch_factor=8))
+
+
 def visual_tokens(model, pixels: np.ndarray, base: Base = INTERNVL2) -> Tensor:  # uint8 [P, 64, 64, 3] -> [P, 16, D]
-    return base.visual_tokens(model, torch.tensor(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    return base.visual_tokens(model, torch.tensor(pixels).to(model.device).permute(0, 3, 1, 2).float() / 127.5 - 1)
 
 
 def collate(samples: list[Sample], model, base: Base = INTERNVL2) -> tuple[dict[str, Tensor], Tensor]:
@@ -184,6 +201,7 @@ def collate(samples: list[Sample], model, base: Base = INTERNVL2) -> tuple[dict[
         block[row, :n] = torch.tensor(sample.block)
     seen = (block[:, None] == block[:, :, None]) | (block[:, None] == 0)  # [B, S, S]: queries, keys
     seen = seen.tril()
+    ids, labels, seen = ids.to(model.device), labels.to(model.device), seen.to(model.device)
     embeds = model.get_input_embeddings()(ids)
     tokens = embeds.new_zeros(0, SIDE**2, embeds.shape[-1])
     if any(len(sample.pixels) for sample in samples):
@@ -193,14 +211,14 @@ def collate(samples: list[Sample], model, base: Base = INTERNVL2) -> tuple[dict[
         "inputs_embeds": embeds,
         "labels": labels,
         # To be added to logits: eager attention would add a mask of booleans as ones and zeros, and hide nothing.
-        "attention_mask": torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None],
+        "attention_mask": embeds.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None],
         "position_ids": seen.sum(dim=-1) - 1,  # as if no other question stood between
     }
     return inputs, tokens
 
 
 def _run(
-    parts: Callable[[], Iterator[tuple]],
+    batches: Iterator[list[tuple]],
     loss_of: Callable[..., Tensor],
     parameters: list[nn.Parameter],
     steps: int,
@@ -208,21 +226,22 @@ def _run(
     log: Callable[[str], None],
     name: str,
 ) -> None:
-    """Steps down the sum of `loss_of(*part)` over the parts of a batch, of which every step draws a new one."""
+    """Steps down the sum of `loss_of(*part)` over the parts of a batch, of which every step takes a new one."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / max(steps, 1)))
     )
+    device = parameters[0].device.type
     able = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
-    half = torch.autocast("cpu", torch.bfloat16, enabled=able.get("avx512_bf16", False))
+    half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or able.get("avx512_bf16", False))
     started = time.monotonic()
     for step in range(1, steps + 1):
         total = 0.0
-        for part in parts():
+        for part in next(batches):
             with half:
                 loss = loss_of(*part)
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
@@ -246,6 +265,7 @@ def evaluate(model, tokenizer, base: Base = INTERNVL2, scenes: int = 200) -> dic
             length = len(sample.ids)  # after it comes padding
             labels = inputs.pop("labels")[0, 1:length]
             wrong = (model(**inputs).logits[0, : length - 1].argmax(-1) != labels) & (labels != IGNORED)
+            wrong = wrong.cpu()
             blocks = torch.tensor(sample.block[1:])
             for block, question in enumerate(questions, 1):
                 right.setdefault(question.kind, []).append(not wrong[blocks == block].any())

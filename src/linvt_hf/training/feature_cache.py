@@ -224,10 +224,14 @@ def check_frozen(model) -> None:
 def fingerprint(model: LinVTForConditionalGeneration, processor: LinVTProcessor) -> str:
     """Of all that decides a frame's visual tokens, but for the frame; reads all weights of the vision encoder once."""
     digest = hashlib.sha256()
-    config = {k: v for k, v in model.base.config.to_dict().items() if k not in ("text_config", "_name_or_path")}
+    config = model.base.config.to_dict()
+    image_processor = processor.image_processor.to_dict()
+    for name in ("text_config", "_name_or_path", "auto_map"):  # the last is there once they were saved
+        config.pop(name, None)
+        image_processor.pop(name, None)
     kind = model.base.device.type
     autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
-    settings = [config, processor.image_processor.to_dict(), processor.frame_kwargs, type(model.image_llm).__name__]
+    settings = [config, image_processor, processor.frame_kwargs, type(model.image_llm).__name__]
     settings.append(autocast)
     digest.update(json.dumps([_FORMAT, transformers.__version__, *settings], sort_keys=True, default=str).encode())
     for name, value in _vision(model):
