@@ -83,6 +83,7 @@ def test_answers_are_counted_where_they_stand(tokenizer):
         def __init__(self, model):
             super().__init__()
             self.config, self.get_input_embeddings = model.config, model.get_input_embeddings
+            self.device = model.device
             self.get_image_features = model.get_image_features
 
         def forward(self, inputs_embeds, **_):
@@ -128,9 +129,11 @@ def test_contents_say_what_lies_where():
         assert here[kinds + colours + shapes + PLACES.index(place_name(thing.start))] == 1
 
 
-def test_it_learns_from_a_seed_and_can_be_wrapped(tmp_path):
+def test_it_learns_from_a_seed_and_can_be_wrapped(tmp_path, monkeypatch):
     said: list[str] = []
     model, tokenizer = image_llm.pretrain(INTERNVL2, 3, 3, batch=4, log=said.append)
+    drawn = image_llm._drawn
+    monkeypatch.setattr(image_llm, "_drawn", lambda batches, _: drawn(batches, True))  # as on a GPU
     again, _ = image_llm.pretrain(INTERNVL2, 3, 3, batch=4, log=lambda text: None)
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
@@ -236,6 +239,20 @@ def test_each_of_the_six_sees_a_frame_of_a_video_as_it_learned_pictures(name, tm
     # And it stands in the prompt where pictures stood.
     prompt = processor.apply_chat_template(video, add_generation_prompt=True)
     assert prompt.startswith(f"<|im_start|>user\n{base.before}{processor.video_token}{base.after}")
+
+
+def test_an_encoder_whose_projector_keeps_no_grid_is_taught_first():
+    base, said = BASES["blip3"], []
+    model, tokenizer = image_llm.pretrain(base, 10, 1, batch=2, log=said.append)
+    assert [line.split(":")[0] for line in said[1:]] == ["encoder step 3/3", "vision step 7/7", "all step 1/1"]
+    pixels = torch.rand(1, 3, 64, 64)
+    changed = pixels.clone()
+    changed[:, :, 16:32, 48:] = 1.0  # the part in the second row and the last column
+    with torch.no_grad():
+        embed = model.model.vision_tower.embeddings
+        model.model.vision_tower.encoder.layers = torch.nn.ModuleList()  # so that no part sees another
+        difference = base.encoder(model, pixels) - base.encoder(model, changed)
+    assert embed.num_patches == 64 and difference.abs().sum(dim=-1).nonzero().tolist() == [[0, 7]]
 
 
 def test_one_table_of_several_bases():

@@ -832,6 +832,15 @@ def test_features_kept_change_nothing(name, memory, conversations, tmp_path):
     assert all(p.grad is not None for p in model.video_tokenizer.parameters())
 
 
+@every_base
+def test_features_are_found_after_model_and_processor_were_saved(name, conversations, tmp_path):
+    model, processor = frozen(name)
+    data = ChatDataset(conversations, processor, num_frames=3, features=FeatureCache(tmp_path / "cache"))
+    assert data.features.fill(model, data, progress=False) == 3
+    model.save_pretrained(tmp_path / "saved", processor=processor)
+    assert data.features.fill(model, data, progress=False) == 0
+
+
 def test_features_in_loader_workers_and_a_second_run(conversations, tmp_path):
     model, processor = frozen("qwen2_vl")
     kept = ChatDataset(conversations, processor, features=FeatureCache(tmp_path))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from einops import repeat
+from einops import reduce, repeat
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -53,6 +53,8 @@ class Base:
         before, after: what stands around the visual tokens of a prompt's pictures.
         block: what an image is in the chat template.
         inputs: pixels [P, 3, 64, 64] to what its vision encoder takes.
+        encoder: model and pixels to what its vision encoder knows of each of the 16 parts of a picture, [P, 16, C],
+            for a base whose projector keeps no grid; that is taught first.
     """
 
     config: dict
@@ -64,6 +66,7 @@ class Base:
     after: str = "\n"
     block: str = "<image>\n"
     inputs: Callable[[Tensor], dict[str, Tensor]] = field(default=lambda pixels: {"pixel_values": pixels})
+    encoder: Callable[[PreTrainedModel, Tensor], Tensor] | None = None
 
     def build(self, tokenizer) -> PreTrainedModel:
         ids = {token: tokenizer.convert_tokens_to_ids(token) for token in self.tokens.values()}
@@ -92,6 +95,11 @@ def _one_tile(pixels: Tensor) -> dict[str, Tensor]:
 
 def _crop_without_padding(pixels: Tensor) -> dict[str, Tensor]:
     return {"pixel_values": pixels, "image_masks": pixels.new_ones(len(pixels), (CANVAS // PATCH) ** 2)}
+
+
+def _patches_of_parts(model: PreTrainedModel, pixels: Tensor) -> Tensor:
+    patches = model.model.vision_tower(pixel_values=pixels).last_hidden_state  # [P, 64, C]
+    return reduce(patches, "p (h a w b) c -> p (h w) c", "mean", h=SIDE, a=2, w=SIDE, b=2).float()
 
 
 _IMAGE = {"image_token": "<image>", "video_token": "<video>"}
@@ -226,11 +234,14 @@ BASES = {
             "resampler_depth": 2,
             "resampler_heads": 4,
             "resampler_head_dim": 32,
+            "initializer_range": 0.1,  # about one over the root of the width
         },
         image_processor={"image_processor_type": "Blip3ImageProcessor", **NORMED, "image_aspect_ratio": "squash"},
         processor={"processor_class": "Blip3Processor", "num_image_tokens": SIDE**2},
         tokens=_IMAGE,
         inputs=_one_tile,
+        # Its resampler finds the places of what the encoder tells apart, and learns nothing of one that tells nothing.
+        encoder=_patches_of_parts,
     ),
     "molmo": Base(
         config={

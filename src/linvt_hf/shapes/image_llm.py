@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -115,8 +116,8 @@ def pretrain(
     log: Callable[[str], None] = print,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """
-    First the vision encoder alone, by what lies where; then all of it, by questions, descriptions and stories. No
-    scene is seen twice. On a GPU if there is one; in bfloat16 where the device has it.
+    First the vision encoder and the projector, by what lies where; then all of it, by questions, descriptions and
+    stories. No scene is seen twice. On a GPU if there is one; in bfloat16 where the device has it.
     """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(base)
@@ -138,8 +139,8 @@ def pretrain(
         drawn = np.stack([as_file(draw(scene, 0), random) for scene in several])
         return [(drawn, np.stack([contents(scene) for scene in several]))]
 
-    def seen(pixels: np.ndarray, target: np.ndarray) -> Tensor:
-        return head.loss(visual_tokens(model, pixels, base), torch.from_numpy(target).to(model.device))
+    def seen(pixels: np.ndarray, target: np.ndarray, of: Callable = base.visual_tokens) -> Tensor:
+        return head.loss(of(model, as_pixels(pixels, model.device)), torch.from_numpy(target).to(model.device))
 
     def prompts(step: int) -> list[tuple[list[Sample], int, int]]:
         told = batch // 4
@@ -167,8 +168,11 @@ def pretrain(
         yield from (views() for _ in range(vision_steps))
         yield from (prompts(step) for step in range(steps))
 
-    drawn = _ahead(batches()) if model.device.type == "cuda" else batches()
-    _run(drawn, seen, [*vision, *head.parameters()], vision_steps, rate, log, "vision")
+    drawn = _drawn(batches(), model.device.type == "cuda")
+    encoder_steps = 0 if base.encoder is None else 3 * vision_steps // 10
+    encoded = partial(seen, of=base.encoder)
+    _run(drawn, encoded, [*vision, *head.parameters()], encoder_steps, rate, log, "encoder")
+    _run(drawn, seen, [*vision, *head.parameters()], vision_steps - encoder_steps, rate, log, "vision")
     _run(drawn, answered, [*model.parameters(), *head.parameters()], steps, rate / 2, log, "all")
     model.set_attn_implementation("sdpa")
     return model.eval(), tokenizer
@@ -182,13 +186,13 @@ class _Stream(IterableDataset):
         return self.items
 
 
-def _ahead(items: Iterator) -> Iterator:
-    """The same items, drawn in a process of their own: that takes as long as a GPU takes to learn from them."""
-    return iter(DataLoader(_Stream(items), batch_size=None, collate_fn=list, num_workers=1, prefetch_factor=8))
+def _drawn(batches: Iterator, ahead: bool) -> Iterator:
+    """Drawn by another process if `ahead`: that takes as long as a GPU takes to learn from them."""
+    return iter(DataLoader(_Stream(batches), batch_size=None, collate_fn=list, num_workers=int(ahead)))
 
 
-def visual_tokens(model, pixels: np.ndarray, base: Base = INTERNVL2) -> Tensor:  # uint8 [P, 64, 64, 3] -> [P, 16, D]
-    return base.visual_tokens(model, torch.tensor(pixels).to(model.device).permute(0, 3, 1, 2).float() / 127.5 - 1)
+def as_pixels(pictures: np.ndarray, device: torch.device) -> Tensor:  # uint8 [P, 64, 64, 3] -> -1..1, [P, 3, 64, 64]
+    return torch.tensor(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def collate(samples: list[Sample], model, base: Base = INTERNVL2) -> tuple[dict[str, Tensor], Tensor]:
@@ -205,7 +209,8 @@ def collate(samples: list[Sample], model, base: Base = INTERNVL2) -> tuple[dict[
     embeds = model.get_input_embeddings()(ids)
     tokens = embeds.new_zeros(0, SIDE**2, embeds.shape[-1])
     if any(len(sample.pixels) for sample in samples):
-        tokens = visual_tokens(model, np.concatenate([sample.pixels for sample in samples]), base)
+        pictures = np.concatenate([sample.pixels for sample in samples])
+        tokens = base.visual_tokens(model, as_pixels(pictures, model.device))
         embeds = embeds.masked_scatter((ids == model.config.image_token_id)[..., None], tokens)
     inputs = {
         "inputs_embeds": embeds,
