@@ -86,7 +86,7 @@ class VideoMixin:
 
         try:
             for number, stream in enumerate(streams):
-                for frames, inputs in stream.on(self.base.device):
+                for frames, inputs in stream.on(self.video_tokenizer.device):
                     part = _Part(number, frames, inputs, stream.num_frames, stream.times, stream.duration)
                     if waiting and not part.fits(waiting, self.config.frames_per_chunk):
                         encode()
@@ -151,11 +151,13 @@ class VideoMixin:
             raise ValueError(f"{len(counts)} videos, but {len(question_ids)} rows of question_ids; give one a video.")
         inputs = {name.removeprefix(FRAME_PREFIX): value for name, value in frame_inputs.items()}
         num_tokens = inputs.pop("num_tokens", None)
-        text = None if question_ids is None else self.get_input_embeddings()(question_ids.to(self.base.device))
+        # LinVT's own: with a device_map, the base may lie on several, and its parts take inputs from any.
+        device = self.video_tokenizer.device
+        text = None if question_ids is None else self.get_input_embeddings()(question_ids.to(device))
         if encoded_videos is not None:
             return self._condense(encoded_videos, text, question_mask, output_weights)
         if frame_features is not None:
-            videos = _split_features(frame_features.to(self.base.device), counts, num_tokens)
+            videos = _split_features(frame_features.to(device), counts, num_tokens)
         else:
             tokens = self.image_llm.encode_frames(
                 self.base, pixel_values_videos, inputs, sum(counts), self.config.frames_per_chunk
@@ -173,10 +175,9 @@ class VideoMixin:
             members = [index for index, other in enumerate(alike) if other == kind]
             grid = kind[0]
             lengths = [counts[index] for index in members]
-            device = videos[members[0]].device
             chosen = torch.tensor(members, device=device)
             out = self.video_tokenizer(
-                _batch([videos[index] for index in members]),  # [B, T, N, D]
+                _batch([videos[index] for index in members]).to(device),  # [B, T, N, D]
                 frame_mask=None if len(set(lengths)) == 1 else _mask(lengths, device),
                 frame_times=None if frame_times is None else frame_times.to(device)[chosen, : max(lengths)],
                 text_embeds=None if text is None else text.to(device)[chosen],

@@ -79,10 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--num-frames", type=int, help="frames to read, instead of the model's default")
     ask.add_argument("--fps", type=float, help="frames a second to read, instead of the model's default")
     ask.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (256)")
-    ask.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
+    ask.add_argument(
+        "--device", help="cpu, cuda, cuda:1, ..., or auto for all there is; by default a GPU if there is one"
+    )
     ask.add_argument(
         "--dtype", default="auto", help="type of the weights: auto (as stored), bfloat16, float16, float32"
     )
+    ask.add_argument("--quantize", choices=["4bit", "8bit"], help="the image-LLM's weights, by bitsandbytes")
     ask.add_argument("--base", help="the base of adapters, if it is not where they say")
     ask.add_argument("--json", action="store_true", help="print one JSON object")
     ask.set_defaults(run=_ask)
@@ -236,8 +239,6 @@ def _progress() -> Callable[[int, int], None]:
 
 
 def _load(args):
-    import torch
-
     from linvt_hf import LinVTForConditionalGeneration, LinVTProcessor, VideoQuestionAnsweringPipeline
     from linvt_hf.conversion.loading import load_config
     from linvt_hf.training.adapter_files import is_adapter, load_adapter
@@ -248,18 +249,40 @@ def _load(args):
             f"{args.model} is a {config.model_type} model, not a LinVT one; wrap it first: "
             f"linvt wrap {args.model} OUT."
         )
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: torch finds no GPU here; use --device cpu.")
+    device, loading = _placing(args)
     # Our own classes: nothing that a model's folder brings along is run.
     if is_adapter(args.model):
-        model, processor = load_adapter(args.model, args.base, dtype=args.dtype)
+        model, processor = load_adapter(args.model, args.base, **loading)
         if processor is None:
             raise ValueError(f"{args.model} holds no processor; save it there with processor.save_pretrained.")
     else:
-        model = LinVTForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype).eval()
+        model = LinVTForConditionalGeneration.from_pretrained(args.model, **loading).eval()
         processor = LinVTProcessor.from_pretrained(args.model)
     return VideoQuestionAnsweringPipeline(model=model, processor=processor, device=device)
+
+
+def _placing(args):
+    """The device for the pipeline, None where loading puts the model where it goes, and arguments for that."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = None if name == "auto" else torch.device(name)
+    if device is not None and device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch finds no GPU here; use --device cpu.")
+    loading = {"dtype": args.dtype}
+    if args.quantize is not None:
+        if args.quantize == "8bit" and not torch.cuda.is_available():  # as of 0.50, where an input is above 6
+            raise ValueError("--quantize 8bit needs a GPU: bitsandbytes fails in it on a CPU; use --quantize 4bit.")
+        kinds = {
+            "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+            "8bit": {"load_in_8bit": True},
+        }
+        loading["quantization_config"] = BitsAndBytesConfig(**kinds[args.quantize])
+    if device is None or args.quantize is not None:
+        loading["device_map"] = "auto" if device is None else {"": device}
+        device = None
+    return device, loading
 
 
 def _train(args) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.quantizers import AutoQuantizationConfig
 
 from .image_llm import check_loaded
 from .model_card import model_card
@@ -26,6 +27,8 @@ CUSTOM_PIPELINES = {
         "pt": ["AutoModelForImageTextToText"],
     }
 }
+# What transformers' quantization configs call the modules that stay as they are.
+_SPARING = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 _UPLOAD_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description")
 
 
@@ -37,6 +40,9 @@ class HubFolderMixin:
         """
         `PreTrainedModel.from_pretrained`, except that a checkpoint which does not fit is an error.
 
+        A `quantization_config` is for the image-LLM: LinVT is small, chooses what the language model reads, and stays
+        as it is.
+
         Raises `ValueError` with the names of missing or unexpected tensors: a model that runs on weights nobody
         trained must not look like one that was loaded.
         """
@@ -45,6 +51,8 @@ class HubFolderMixin:
                 f"{pretrained_model_name_or_path} holds adapters without their base; load it with "
                 "linvt_hf.training.load_adapter, or make a whole model of it with `linvt merge`."
             )
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _sparing_linvt(kwargs["quantization_config"])
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         check_loaded(info, pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
@@ -58,6 +66,11 @@ class HubFolderMixin:
             raise ValueError(
                 "The model has a LoRA on it, which a whole model's folder cannot hold: fold it in first with "
                 "linvt_hf.training.merge(model), or save it alone with linvt_hf.training.save_adapter(model, folder)."
+            )
+        if getattr(self.base, "hf_quantizer", None) is not None and getattr(self, "hf_quantizer", None) is None:
+            raise ValueError(
+                "The image-LLM was quantized before it was wrapped, which a folder cannot say: wrap it whole, save "
+                "that, and give quantization_config to LinVTForConditionalGeneration.from_pretrained."
             )
         # The config's maps may name the repo a model came from; the new folder brings its own code.
         self.config.auto_map = dict(AUTO_MAP)
@@ -88,6 +101,18 @@ class HubFolderMixin:
         card = folder / "README.md"
         if not card.exists():
             card.write_text(model_card(self.config, self.training_text), encoding="utf-8")
+
+
+def _sparing_linvt(quantization):
+    if isinstance(quantization, dict):
+        quantization = AutoQuantizationConfig.from_dict(quantization)
+    quantization = deepcopy(quantization)
+    for name in _SPARING:
+        if hasattr(quantization, name):
+            # Who names no module leaves it to transformers, which spares the output head.
+            spared = getattr(quantization, name) or ["lm_head"]
+            setattr(quantization, name, [*spared, "video_tokenizer"])
+    return quantization
 
 
 def copy_code(folder: Path, module: str = _MODEL.partition(".")[0]) -> None:

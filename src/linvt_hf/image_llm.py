@@ -90,9 +90,11 @@ class ImageLLM:
         Returns one tensor [N, D] a frame.
         """
         tokens: list[Tensor] = []
+        # A vision encoder that a device_map has offloaded takes its inputs from anywhere.
+        device = pixel_values.device if base.device.type == "meta" else base.device
         for pixels, inputs in self._chunks(pixel_values, frame_inputs, num_frames, chunk):
-            pixels = pixels.to(base.device, base.dtype, non_blocking=True)
-            inputs = {name: value.to(base.device) for name, value in inputs.items()}
+            pixels = pixels.to(device, base.dtype, non_blocking=True)
+            inputs = {name: value.to(device) for name, value in inputs.items()}
             tokens.extend(self.features(base, pixels, **inputs))
         return tokens
 
@@ -208,8 +210,8 @@ class Molmo(ImageLLM):
 
     def features(self, base, pixel_values, image_masks):
         tokens = super().features(base, pixel_values, image_masks=image_masks)
-        placeholder = base.get_input_embeddings().weight[base.config.image_token_id]
-        return tokens + placeholder
+        placeholder = torch.tensor(base.config.image_token_id, device=tokens.device)
+        return tokens + base.get_input_embeddings()(placeholder)
 
 
 class Gemma3(ImageLLM):
@@ -240,6 +242,7 @@ BASES: dict[str, ImageLLM] = {
     "smolvlm": Idefics3(),
 }
 _ANY_BASE = ImageLLM()
+_LISTED = 8  # names of tensors in a message
 
 
 def image_llm_of(config: PreTrainedConfig, pool_frames: bool = True) -> ImageLLM:
@@ -265,10 +268,14 @@ def build_image_llm(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def check_loaded(info: dict, source) -> None:
-    """Raises `ValueError` naming each tensor that `from_pretrained` found missing or unexpected."""
+    """Raises `ValueError` naming tensors that `from_pretrained` found missing or unexpected, the first of many."""
     problems = {kind: sorted(info.get(f"{kind}_keys") or ()) for kind in ("missing", "unexpected")}
     if any(problems.values()):
-        listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+        listed = "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{', ...' if len(names) > _LISTED else ''}"
+            for kind, names in problems.items()
+            if names
+        )
         raise ValueError(f"The tensors in {source} do not fit its config ({listed}).")
 
 

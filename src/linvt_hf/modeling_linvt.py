@@ -51,8 +51,9 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
         super().__init__(config)
         if config.base_config is None:
             raise ValueError("LinVTConfig has no base_config, so there is no image-LLM to build; give base_config.")
-        self.base = build_image_llm(config.base_config) if base is None else base
+        # First, so that device_map="auto" puts it beside the vision encoder; what comes last is what it offloads.
         self.video_tokenizer = LinearVideoTokenizer(config)
+        self.base = build_image_llm(config.base_config) if base is None else base
         self.image_llm = image_llm_of(config.base_config, config.pool_frames)
         self.post_init()
 
