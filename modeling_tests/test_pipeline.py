@@ -1,5 +1,7 @@
 """The video-question-answering pipeline, inside the package (test_hub_folder.py has it from a bare folder)."""
 
+import threading
+
 import pytest
 import torch
 from PIL import Image
@@ -9,6 +11,7 @@ from transformers import TextStreamer, pipeline
 from video_files import moving_square, write_video
 
 from linvt_hf import VideoQuestionAnsweringPipeline
+from linvt_hf.video_index import VideoReadError
 
 VIDEOS = [noise_video(3, seed=1), noise_video(7, seed=2), noise_video(5, seed=3)]
 QUESTIONS = ["Who?", "What is the colour of the thing that moves?", "Where?"]
@@ -43,6 +46,76 @@ def test_every_way_to_call(tmp_path):
     lazily = pipe(({"video": path, "question": "Who?"} for _ in range(3)), batch_size=2, **SETTINGS)
     assert not isinstance(lazily, list)
     assert list(lazily) == [expected] * 3
+
+
+def test_a_chat_may_keep_its_first_question(monkeypatch):
+    pipe, asked = pipe_of(), []
+    condense = pipe.model.get_video_features
+    monkeypatch.setattr(
+        pipe.model, "get_video_features", lambda **inputs: asked.append(inputs["question_ids"]) or condense(**inputs)
+    )
+    messages = [*chat(VIDEOS[0], "Who?", answer="A cat."), *chat("Where?")]
+    pipe(messages, **SETTINGS)
+    pipe(messages, question_turn="first", **SETTINGS)
+    pipe([messages], question_turn="first", num_workers=1, **SETTINGS)
+    assert [pipe.tokenizer.decode(ids[0]) for ids in asked] == ["Where?", "Who?", "Who?"]
+
+
+def test_the_next_videos_are_read_while_a_batch_is_answered(monkeypatch):
+    pipe, seen = pipe_of(), [threading.Event() for _ in VIDEOS]
+    streams, generate, answered = pipe.processor.streams, pipe.model.generate, []
+
+    def read(videos, **kwargs):
+        found = streams(videos, **kwargs)
+        seen[next(i for i, video in enumerate(VIDEOS) if video is videos[0])].set()
+        return found
+
+    def answer(**inputs):
+        answered.append(seen[min(len(answered) + 1, len(VIDEOS) - 1)].wait(timeout=60))
+        return generate(**inputs)
+
+    inputs = [{"video": video, "question": "Who?"} for video in VIDEOS]
+    singles = [pipe(one, **SETTINGS) for one in inputs]
+    monkeypatch.setattr(pipe.processor, "streams", read)
+    monkeypatch.setattr(pipe.model, "generate", answer)
+    assert pipe(inputs, **SETTINGS) == singles
+    assert answered == [True] * 3
+
+
+def test_nobody_waits_for_an_input_that_does_not_come():
+    pipe, comes = pipe_of(), threading.Event()
+
+    def live():
+        yield {"video": VIDEOS[0], "question": "Who?"}
+        comes.wait()
+        yield {"video": VIDEOS[1], "question": "Who?"}
+
+    answers = pipe(live(), **SETTINGS)
+    assert next(answers) == pipe(video=VIDEOS[0], question="Who?", **SETTINGS)
+    answers.close()  # the second was never there
+    comes.set()
+
+
+def test_a_broken_video_loses_no_answer_before_it(tmp_path):
+    pipe = pipe_of()
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    answers = pipe(iter([{"video": VIDEOS[0], "question": "Who?"}, {"video": broken, "question": "Who?"}]), **SETTINGS)
+    assert next(answers) == pipe(video=VIDEOS[0], question="Who?", **SETTINGS)
+    with pytest.raises(VideoReadError, match="broken.mp4"):
+        next(answers)
+
+
+def test_a_file_asked_about_in_batch_after_batch_is_encoded_once(tmp_path, monkeypatch):
+    pipe, read = pipe_of(), []
+    encode_videos = pipe.model.encode_videos
+    monkeypatch.setattr(
+        pipe.model, "encode_videos", lambda videos, progress: read.append(len(videos)) or encode_videos(videos)
+    )
+    one, other = (str(write_video(tmp_path / f"{name}.mp4", moving_square(8))) for name in "ab")
+    inputs = [{"video": video, "question": "Who?"} for video in (one, one, other, one, one)]
+    assert len(pipe(inputs, **SETTINGS)) == 5
+    assert read == [1, 0, 1, 1, 0]
 
 
 def test_videos_read_in_processes_of_their_own(tmp_path):

@@ -56,6 +56,10 @@ def test_the_newest_question_counts():
     assert processor.tokenizer.decode(inputs["question_ids"][0]) == "<b>Where</b> does it go, in 2 words?"
     inputs = encode(processor, messages[:3], add_generation_prompt=False)  # as in training, with the answer
     assert processor.tokenizer.decode(inputs["question_ids"][0]) == "What moves?"
+    inputs = encode(processor, messages, question_turn="first")
+    assert processor.tokenizer.decode(inputs["question_ids"][0]) == "What moves?"
+    with pytest.raises(ValueError, match="question_turn is 'last'; it is 'newest' or 'first'."):
+        encode(processor, messages, question_turn="last")
 
 
 def test_an_end_of_turn_that_is_the_tokenizers_eos_marks_a_question():

@@ -1,10 +1,10 @@
-"""What chat templates do with videos and questions: where a video goes, and which words the user said last."""
+"""What chat templates do with videos and questions: where a video goes, and which of the words are the question."""
 
 import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -131,9 +131,11 @@ def with_videos(messages: list[dict], videos: Iterator[Any]) -> list[dict]:
     return [{**message, "content": of_content(message.get("content"))} for message in messages]
 
 
-def newest_words(messages: list[dict]) -> str:
-    """What the user said last: the text of the newest user turn that has any."""
-    for message in reversed(messages):
+def users_words(messages: list[dict], turn: Literal["newest", "first"] = "newest") -> str:
+    """The text of the newest, or the first, user turn that has any."""
+    if turn not in ("newest", "first"):
+        raise ValueError(f"question_turn is {turn!r}; it is 'newest' or 'first'.")
+    for message in messages if turn == "first" else reversed(messages):
         if message["role"] == "user":
             content = message.get("content") or ""
             words = content if isinstance(content, str) else " ".join(b["text"] for b in blocks_of(message, "text"))
@@ -146,8 +148,8 @@ __all__ = [
     "VIDEO_TOKEN",
     "blocks_of",
     "chat_template_with_videos",
-    "newest_words",
     "turn_marks",
+    "users_words",
     "videos_of",
     "with_times",
     "with_videos",

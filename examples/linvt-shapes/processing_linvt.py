@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
 
-from .chat_templates import VIDEO_TOKEN, blocks_of, newest_words, turn_marks, with_times
+from .chat_templates import VIDEO_TOKEN, blocks_of, turn_marks, users_words, with_times
 from .processing_blip3 import Blip3Processor
 from .processing_molmo import MolmoProcessor
 from .processing_videos import VideoProcessing, cat_padded
@@ -149,7 +149,9 @@ class LinVTProcessor(ProcessorMixin, VideoProcessing):
     def apply_chat_template(self, conversation, *args, processor_kwargs: dict | None = None, **kwargs):
         """
         `ProcessorMixin.apply_chat_template`, where a video in a message needs nothing further. With `tokenize=True`
-        the newest user turn that has words is the question for all videos of its conversation.
+        the newest user turn that has words is the question for all videos of its conversation, so that their tokens
+        change from turn to turn; with `question_turn="first"` among `processor_kwargs` the first one is, and they
+        stay.
         """
         if kwargs.get("tokenize"):
             processor_kwargs = dict(processor_kwargs or {})
@@ -160,8 +162,9 @@ class LinVTProcessor(ProcessorMixin, VideoProcessing):
                     "return_assistant_tokens_mask does not count a video's tokens; find the answers by the template's "
                     "own marks, or leave it out."
                 )
+            turn = processor_kwargs.pop("question_turn", "newest")
             if "questions" not in kwargs:
-                processor_kwargs.setdefault("questions", [newest_words(messages) for messages in batch])
+                processor_kwargs.setdefault("questions", [users_words(messages, turn) for messages in batch])
         return super().apply_chat_template(conversation, *args, processor_kwargs=processor_kwargs, **kwargs)
 
     # ---- text and images: the base's own way ----

@@ -1,8 +1,11 @@
 """The `video-question-answering` pipeline: videos and questions in, answers out."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -13,9 +16,10 @@ from transformers import BatchFeature, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .chat_templates import videos_of, with_videos
-from .encoded_video import EncodedVideo
+from .encoded_video import EncodedVideo, PixelStream
 from .video_reading import is_one_video
 
+_SAMPLING = ("num_frames", "fps")
 _STAY = ("pixel_values_videos", "num_frames")
 # Inputs of which a sample has one row.
 _ROW_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "video_embeds"}
@@ -27,6 +31,40 @@ def _identity(video: Any) -> tuple | int:
         about = os.stat(video)
         return os.path.abspath(video), about.st_mtime_ns, about.st_size
     return id(video)
+
+
+@dataclass
+class _Videos:
+    """Of a batch, by what tells them apart: all in order, and what is read of those that are new."""
+
+    keys: list[tuple]
+    streams: dict[tuple, PixelStream | EncodedVideo]
+
+    @property
+    def kept(self) -> set[tuple]:
+        """The last, for the next batch: only a file that is as it was is sure to be the same video at another time."""
+        return {key for key in self.keys[-1:] if isinstance(key[0], tuple)}
+
+
+def _begun(work: Callable[[], dict | None]) -> Future:
+    """Of work in a thread that nobody waits for at the end: what it reads from may never give more."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="linvt-ahead", daemon=True).start()
+    return future
+
+
+def _close(coming: Future) -> None:
+    if coming.exception() is None and (batch := coming.result()) is not None:
+        for stream in batch["videos"].streams.values():
+            if isinstance(stream, PixelStream):
+                stream.close()
 
 
 class VideoQuestionAnsweringPipeline(Pipeline):
@@ -45,7 +83,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     the option's tokens of their log-probability after the prompt, from whose softmax the scores come.
 
     A video that stands in a batch several times is encoded once; the one that was asked about last is kept, and if it
-    is a file that has not changed, the next question about it starts from there.
+    is a file that has not changed, the next question about it starts from there. While a batch is answered, the videos
+    of the next are opened and begun to be read.
     """
 
     _load_processor = True
@@ -65,12 +104,13 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         num_frames=None,
         fps=None,
         questions=None,
+        question_turn=None,
         choices=None,
         progress=None,
         skip_special_tokens=None,
         **generate_kwargs,
     ):
-        reading = {"num_frames": num_frames, "fps": fps, "questions": questions}
+        reading = {"num_frames": num_frames, "fps": fps, "questions": questions, "question_turn": question_turn}
         reading = {name: value for name, value in reading.items() if value is not None}
         preprocess = reading if choices is None else {"choices": choices, **reading}
         forward = {**reading, **generate_kwargs}
@@ -88,6 +128,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             num_frames, fps: how the videos are sampled, instead of the processor's defaults.
             choices: options to choose from.
             questions: False for answers to prompts without words, whose videos are then condensed without a question.
+            question_turn: which of a chat's turns conditions its videos: "newest" (default), or "first".
             batch_size: inputs that go through the model together.
             progress: a function that is told, now and then, how many frames are encoded, and of how many.
             kwargs: for `generate`, such as `max_new_tokens` or a `streamer`.
@@ -107,6 +148,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             inputs = pairs[0] if is_one_video(video) and isinstance(question, str) else pairs
         if inputs is None or isinstance(inputs, str) or (isinstance(inputs, (list, tuple)) and not inputs):
             raise ValueError("Nothing to answer: give video= and question=, or a chat.")
+        if isinstance(inputs, Iterator):  # of these, the base class knows generators alone
+            inputs = (each for each in inputs)
         return super().__call__(inputs, **kwargs)
 
     # ---- one input ----
@@ -139,9 +182,23 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             batch_size=batch_size,
             collate_fn=self.collate,
         )
-        for batch in loader:
-            for answers in self.forward(batch, **forward_params):
-                yield self.postprocess([answers], **postprocess_params)
+        batches, sampling = iter(loader), {name: forward_params.get(name) for name in _SAMPLING}
+        known: set[tuple] = set(self._last)
+
+        def begin() -> dict | None:
+            if (batch := next(batches, None)) is not None:
+                batch["videos"] = self._open(batch["items"], sampling, known)
+            return batch
+
+        coming = _begun(begin)
+        try:
+            while (batch := coming.result()) is not None:
+                known = batch["videos"].kept
+                coming = _begun(begin)
+                for answers in self.forward(batch, **forward_params):
+                    yield self.postprocess([answers], **postprocess_params)
+        finally:  # nobody may ask for the rest
+            coming.add_done_callback(_close)
 
     # ---- the model ----
 
@@ -155,17 +212,27 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         return super()._ensure_tensor_on_device(inputs, device)
 
     def _forward(
-        self, model_inputs, num_frames=None, fps=None, questions=None, progress=None, **generate_kwargs
+        self,
+        model_inputs,
+        num_frames=None,
+        fps=None,
+        questions=None,
+        question_turn=None,
+        progress=None,
+        **generate_kwargs,
     ) -> list:
         """For each input of the batch: the new tokens [R, L] of its R sequences, or its scored choices."""
         items, choices = model_inputs.get("items", [model_inputs]), model_inputs["choices"]
-        videos = [video for item in items for video in videos_of(item.get("messages", ()))]
-        encoded = iter(self._encode(videos, {"num_frames": num_frames, "fps": fps}, progress))
+        videos = model_inputs.get("videos")
+        if videos is None:
+            videos = self._open(items, {"num_frames": num_frames, "fps": fps}, set(self._last))
+        encoded = iter(self._encode(videos, progress))
         samples = []
         for item in items:
             sample = item.get("features")
             if sample is None:
-                sample = self._features(with_videos(item["messages"], encoded), questions=questions)
+                messages = with_videos(item["messages"], encoded)
+                sample = self._features(messages, questions=questions, question_turn=question_turn)
             samples.append(self._ensure_tensor_on_device(sample, self.device))
         if any(choices):  # an input's options are a batch of their own
             if not all(choices):
@@ -181,15 +248,21 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         sequences = getattr(sequences, "sequences", sequences)[:, features["input_ids"].shape[1] :]
         return list(sequences.unflatten(0, (len(choices), -1)))
 
-    def _encode(self, videos: list, sampling: dict, progress) -> list[EncodedVideo]:
-        """All together, while they are read; each once, and not at all if it was the last to be asked about."""
+    def _open(self, items: list[dict], sampling: dict, known: set[tuple]) -> "_Videos":
+        """Begins to read a batch's videos, each once, and not at all those that are `known`."""
+        videos = [video for item in items for video in videos_of(item.get("messages", ()))]
         keys = [(_identity(video), *sampling.values()) for video in videos]
-        new = {key: video for key, video in zip(keys, videos, strict=True) if key not in self._last}
-        streams = self.processor.streams(list(new.values()), **sampling, chunk_size=self.model.config.frames_per_chunk)
-        encoded = {**self._last, **dict(zip(new, self.model.encode_videos(streams, progress), strict=True))}
-        # Only a file that is as it was is sure to be the same video at another time.
-        self._last = {key: encoded[key] for key in keys[-1:] if isinstance(key[0], tuple)}
-        return [encoded[key] for key in keys]
+        new = {key: video for key, video in zip(keys, videos, strict=True) if key not in known}
+        chunk_size = self.model.config.frames_per_chunk
+        streams = self.processor.streams(list(new.values()), **sampling, chunk_size=chunk_size)
+        return _Videos(keys, dict(zip(new, streams, strict=True)))
+
+    def _encode(self, videos: "_Videos", progress) -> list[EncodedVideo]:
+        """All together, while they are read."""
+        new = self.model.encode_videos(list(videos.streams.values()), progress)
+        encoded = {**self._last, **dict(zip(videos.streams, new, strict=True))}
+        self._last = {key: encoded[key] for key in videos.kept}
+        return [encoded[key] for key in videos.keys]
 
     def _features(self, messages: list[dict], **processor_kwargs) -> BatchFeature:
         return self.processor.apply_chat_template(
