@@ -153,16 +153,19 @@ def change_of(x: Tensor, frame_mask: Tensor | None = None, before: Tensor | None
     Args:
         before: [B, N, d], the frame before, of a video whose first frames were elsewhere.
     """
-    x = x.float()
-    previous = torch.cat([x[:, :1] if before is None else before.float()[:, None], x[:, :-1]], dim=1)  # [B, T, N, d]
-    if before is None:
-        first = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        first[:, 0] = True
-        if frame_mask is not None:
-            first = first | ~F.pad(frame_mask, (1, 0))[:, :-1]  # padding before it
-        previous = torch.where(first[..., None, None], x.mean(dim=2, keepdim=True), previous)
-    change = (1 - F.cosine_similarity(x, previous, dim=-1) - 1e-6).clamp(min=0.0)  # less is rounding
+    unit = _unit(x)  # the one float32 copy of x, which may be a whole video
+    start = _unit(x[:, :1].mean(dim=2, keepdim=True, dtype=torch.float32) if before is None else before[:, None])
+    cosine = torch.cat([(unit[:, :1] * start).sum(dim=-1), (unit[:, 1:] * unit[:, :-1]).sum(dim=-1)], dim=1)
+    if before is None and frame_mask is not None:
+        first = ~F.pad(frame_mask, (1, 0))[:, :-1]  # padding before it
+        means = _unit(x.mean(dim=2, keepdim=True, dtype=torch.float32))
+        cosine = torch.where(first[..., None], (unit * means).sum(dim=-1), cosine)
+    change = (1 - cosine - 1e-6).clamp(min=0.0)  # less is rounding
     return change if frame_mask is None else change.masked_fill(~frame_mask[..., None], 0.0)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x.float(), dim=-1, eps=1e-8)
 
 
 def novelty(change: Tensor, largest: Tensor) -> Tensor:
