@@ -86,7 +86,7 @@ class VideoMixin:
 
         try:
             for number, stream in enumerate(streams):
-                for frames, inputs in stream.on(self.video_tokenizer.device):
+                for frames, inputs in stream.on(self.device):
                     part = _Part(number, frames, inputs, stream.num_frames, stream.times, stream.duration)
                     if waiting and not part.fits(waiting, self.config.frames_per_chunk):
                         encode()
@@ -151,8 +151,7 @@ class VideoMixin:
             raise ValueError(f"{len(counts)} videos, but {len(question_ids)} rows of question_ids; give one a video.")
         inputs = {name.removeprefix(FRAME_PREFIX): value for name, value in frame_inputs.items()}
         num_tokens = inputs.pop("num_tokens", None)
-        # LinVT's own: with a device_map, the base may lie on several, and its parts take inputs from any.
-        device = self.video_tokenizer.device
+        device = self.device  # LinVT's, which comes first; a device_map may put the base on several, which take any
         text = None if question_ids is None else self.get_input_embeddings()(question_ids.to(device))
         if encoded_videos is not None:
             return self._condense(encoded_videos, text, question_mask, output_weights)
