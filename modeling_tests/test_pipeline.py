@@ -116,6 +116,10 @@ def test_a_file_asked_about_in_batch_after_batch_is_encoded_once(tmp_path, monke
     inputs = [{"video": video, "question": "Who?"} for video in (one, one, other, one, one)]
     assert len(pipe(inputs, **SETTINGS)) == 5
     assert read == [1, 0, 1, 1, 0]
+    read.clear()
+    answers = pipe((each for each in inputs[:2]), **SETTINGS)
+    next(answers), pipe(inputs[2], **SETTINGS), next(answers)  # another question, between two answers
+    assert read == [0, 1, 0]
 
 
 def test_videos_read_in_processes_of_their_own(tmp_path):

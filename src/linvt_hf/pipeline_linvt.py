@@ -35,10 +35,11 @@ def _identity(video: Any) -> tuple | int:
 
 @dataclass
 class _Videos:
-    """Of a batch, by what tells them apart: all in order, and what is read of those that are new."""
+    """Of a batch, by what tells them apart: all in order, the new ones that are read, and what the one before left."""
 
     keys: list[tuple]
     streams: dict[tuple, PixelStream | EncodedVideo]
+    last: dict[tuple, EncodedVideo]
 
     @property
     def kept(self) -> set[tuple]:
@@ -183,11 +184,12 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             collate_fn=self.collate,
         )
         batches, sampling = iter(loader), {name: forward_params.get(name) for name in _SAMPLING}
-        known: set[tuple] = set(self._last)
+        last = dict(self._last)  # its own: other calls may come between two answers
+        known = set(last)
 
         def begin() -> dict | None:
             if (batch := next(batches, None)) is not None:
-                batch["videos"] = self._open(batch["items"], sampling, known)
+                batch["videos"] = self._open(batch["items"], sampling, known, last)
             return batch
 
         coming = _begun(begin)
@@ -225,7 +227,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         items, choices = model_inputs.get("items", [model_inputs]), model_inputs["choices"]
         videos = model_inputs.get("videos")
         if videos is None:
-            videos = self._open(items, {"num_frames": num_frames, "fps": fps}, set(self._last))
+            videos = self._open(items, {"num_frames": num_frames, "fps": fps}, set(self._last), self._last)
         encoded = iter(self._encode(videos, progress))
         samples = []
         for item in items:
@@ -248,20 +250,22 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         sequences = getattr(sequences, "sequences", sequences)[:, features["input_ids"].shape[1] :]
         return list(sequences.unflatten(0, (len(choices), -1)))
 
-    def _open(self, items: list[dict], sampling: dict, known: set[tuple]) -> "_Videos":
-        """Begins to read a batch's videos, each once, and not at all those that are `known`."""
+    def _open(self, items: list[dict], sampling: dict, known: set[tuple], last: dict) -> "_Videos":
+        """Begins to read a batch's videos, each once, but none of the `known`, which `last` will hold by its turn."""
         videos = [video for item in items for video in videos_of(item.get("messages", ()))]
         keys = [(_identity(video), *sampling.values()) for video in videos]
         new = {key: video for key, video in zip(keys, videos, strict=True) if key not in known}
         chunk_size = self.model.config.frames_per_chunk
         streams = self.processor.streams(list(new.values()), **sampling, chunk_size=chunk_size)
-        return _Videos(keys, dict(zip(new, streams, strict=True)))
+        return _Videos(keys, dict(zip(new, streams, strict=True)), last)
 
     def _encode(self, videos: "_Videos", progress) -> list[EncodedVideo]:
         """All together, while they are read."""
         new = self.model.encode_videos(list(videos.streams.values()), progress)
-        encoded = {**self._last, **dict(zip(videos.streams, new, strict=True))}
-        self._last = {key: encoded[key] for key in videos.kept}
+        encoded = {**videos.last, **dict(zip(videos.streams, new, strict=True))}
+        videos.last.clear()
+        videos.last.update({key: encoded[key] for key in videos.kept})
+        self._last = dict(videos.last)
         return [encoded[key] for key in videos.keys]
 
     def _features(self, messages: list[dict], **processor_kwargs) -> BatchFeature:
