@@ -100,7 +100,7 @@ def test_linvt_ask(options, capsys):
     assert json.loads(capsys.readouterr().out)["answer"] == "down"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, 8 bits work")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they are refused only where there is no GPU")
 def test_eight_bits_are_for_gpus(capsys):
     assert main(["ask", str(SHAPES / "linvt-shapes"), VIDEO, QUESTION, "--quantize", "8bit"]) == 2
     assert "--quantize 8bit needs a GPU" in capsys.readouterr().err

@@ -153,7 +153,7 @@ def change_of(x: Tensor, frame_mask: Tensor | None = None, before: Tensor | None
     Args:
         before: [B, N, d], the frame before, of a video whose first frames were elsewhere.
     """
-    unit = _unit(x)  # the one float32 copy of x, which may be a whole video
+    unit = _unit(x)  # x may be a whole video: of float32 copies this one stays, and products come one at a time
     start = _unit(x[:, :1].mean(dim=2, keepdim=True, dtype=torch.float32) if before is None else before[:, None])
     cosine = torch.cat([(unit[:, :1] * start).sum(dim=-1), (unit[:, 1:] * unit[:, :-1]).sum(dim=-1)], dim=1)
     if before is None and frame_mask is not None:
