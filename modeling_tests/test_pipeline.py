@@ -12,6 +12,7 @@ from video_files import moving_square, write_video
 
 from linvt_hf import VideoQuestionAnsweringPipeline
 from linvt_hf.video_index import VideoReadError
+from linvt_hf.video_reading import read_video
 
 VIDEOS = [noise_video(3, seed=1), noise_video(7, seed=2), noise_video(5, seed=3)]
 QUESTIONS = ["Who?", "What is the colour of the thing that moves?", "Where?"]
@@ -131,6 +132,20 @@ def test_videos_read_in_processes_of_their_own(tmp_path):
     options = {"choices": ["red", "blue"], "num_frames": 5}
     for there, one in zip(pipe(inputs, num_workers=2, **options), pipe(inputs, **options), strict=True):
         assert [answer["answer"] for answer in there] == [answer["answer"] for answer in one]
+
+
+def test_an_answer_says_when_its_frames_are(tmp_path):
+    pipe = pipe_of()
+    video = write_video(tmp_path / "v.mp4", moving_square(12))
+    clip = read_video(video, num_frames=4)
+    inputs = [chat(video, VIDEOS[0], "Who?"), chat("Who?")]
+    (first,), (second,) = pipe(inputs, num_frames=4, batch_size=2, return_frame_times=True, **SETTINGS)
+    assert first["frame_times"] == [clip.times.tolist(), None] and second["frame_times"] == []
+    assert {"answer": first["answer"]} == pipe(inputs[0], num_frames=4, **SETTINGS)[0]
+    asked = {"video": video, "question": "Who?", "num_frames": 4, "return_frame_times": True}
+    elsewhere = pipe([{"video": video, "question": "Who?"}], num_frames=4, num_workers=1, return_frame_times=True)
+    assert elsewhere[0][0]["frame_times"] == pipe(**asked)[0]["frame_times"] == [clip.times.tolist()]
+    assert [answer["frame_times"] for answer in pipe(**asked, choices=["a", "b"])] == [[clip.times.tolist()]] * 2
 
 
 def test_a_chat_needs_no_video():

@@ -103,4 +103,4 @@ def test_linvt_ask(options, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they are refused only where there is no GPU")
 def test_eight_bits_are_for_gpus(capsys):
     assert main(["ask", str(SHAPES / "linvt-shapes"), VIDEO, QUESTION, "--quantize", "8bit"]) == 2
-    assert "--quantize 8bit needs a GPU" in capsys.readouterr().err
+    assert "quantize 8bit needs a GPU" in capsys.readouterr().err

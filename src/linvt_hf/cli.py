@@ -191,7 +191,9 @@ def _ask(args) -> None:
     if "://" not in args.video and not Path(args.video).exists():
         raise ValueError(f"There is no video at {args.video}.")
     _say(f"loading {args.model}")
-    pipeline = _load(args)
+    from linvt_hf.asking.loading import load_pipeline
+
+    pipeline = load_pipeline(args.model, device=args.device, dtype=args.dtype, quantize=args.quantize, base=args.base)
     _say(f"reading {args.video}")
     for question in args.questions:
         if len(args.questions) > 1 and not args.json:
@@ -236,53 +238,6 @@ def _progress() -> Callable[[int, int], None]:
             bar.close()
 
     return show
-
-
-def _load(args):
-    from linvt_hf import LinVTForConditionalGeneration, LinVTProcessor, VideoQuestionAnsweringPipeline
-    from linvt_hf.conversion.loading import load_config
-    from linvt_hf.training.adapter_files import is_adapter, load_adapter
-
-    config = load_config(args.model)
-    if config.model_type != "linvt":
-        raise ValueError(
-            f"{args.model} is a {config.model_type} model, not a LinVT one; wrap it first: "
-            f"linvt wrap {args.model} OUT."
-        )
-    device, loading = _placing(args)
-    # Our own classes: nothing that a model's folder brings along is run.
-    if is_adapter(args.model):
-        model, processor = load_adapter(args.model, args.base, **loading)
-        if processor is None:
-            raise ValueError(f"{args.model} holds no processor; save it there with processor.save_pretrained.")
-    else:
-        model = LinVTForConditionalGeneration.from_pretrained(args.model, **loading).eval()
-        processor = LinVTProcessor.from_pretrained(args.model)
-    return VideoQuestionAnsweringPipeline(model=model, processor=processor, device=device)
-
-
-def _placing(args):
-    """The device for the pipeline, None where loading puts the model where it goes, and arguments for that."""
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = None if name == "auto" else torch.device(name)
-    if device is not None and device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: torch finds no GPU here; use --device cpu.")
-    loading = {"dtype": args.dtype}
-    if args.quantize is not None:
-        if args.quantize == "8bit" and not torch.cuda.is_available():  # as of 0.50, where an input is above 6
-            raise ValueError("--quantize 8bit needs a GPU: bitsandbytes fails in it on a CPU; use --quantize 4bit.")
-        kinds = {
-            "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
-            "8bit": {"load_in_8bit": True},
-        }
-        loading["quantization_config"] = BitsAndBytesConfig(**kinds[args.quantize])
-    if device is None or args.quantize is not None:
-        loading["device_map"] = "auto" if device is None else {"": device}
-        device = None
-    return device, loading
 
 
 def _train(args) -> None:

@@ -68,6 +68,13 @@ def _close(coming: Future) -> None:
                 stream.close()
 
 
+def _times_in(features: dict) -> list[Tensor | None]:
+    """Of each video of a sample, [T] seconds."""
+    counts = features.get("num_frames", torch.empty(0, dtype=torch.long)).tolist()
+    times = features.get("frame_times")
+    return [None if times is None else times[video, :count] for video, count in enumerate(counts)]
+
+
 class VideoQuestionAnsweringPipeline(Pipeline):
     """
     Answers questions about videos with a LinVT model.
@@ -81,7 +88,9 @@ class VideoQuestionAnsweringPipeline(Pipeline):
 
     Each input gives a list of dicts: `{"answer": text}`, one for each returned sequence; with `choices` one for each
     option, best first, with `score`, the options' probabilities (they sum to 1), and `log_likelihood`, the mean over
-    the option's tokens of their log-probability after the prompt, from whose softmax the scores come.
+    the option's tokens of their log-probability after the prompt, from whose softmax the scores come. With
+    `return_frame_times=True` each dict has `frame_times` too: of each of the input's videos the seconds of the frames
+    that were seen, None where nobody knows them.
 
     A video that stands in a batch several times is encoded once; the one that was asked about last is kept, and if it
     is a file that has not changed, the next question about it starts from there. While a batch is answered, the videos
@@ -109,6 +118,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         choices=None,
         progress=None,
         skip_special_tokens=None,
+        return_frame_times=None,
         **generate_kwargs,
     ):
         reading = {"num_frames": num_frames, "fps": fps, "questions": questions, "question_turn": question_turn}
@@ -117,8 +127,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         forward = {**reading, **generate_kwargs}
         if progress is not None:
             forward["progress"] = progress
-        postprocess = {} if skip_special_tokens is None else {"skip_special_tokens": skip_special_tokens}
-        return preprocess, forward, postprocess
+        postprocess = {"skip_special_tokens": skip_special_tokens, "return_frame_times": return_frame_times}
+        return preprocess, forward, {name: value for name, value in postprocess.items() if value is not None}
 
     def __call__(self, inputs=None, question=None, *, video=None, **kwargs):
         """
@@ -132,6 +142,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             question_turn: which of a chat's turns conditions its videos: "newest" (default), or "first".
             batch_size: inputs that go through the model together.
             progress: a function that is told, now and then, how many frames are encoded, and of how many.
+            return_frame_times: whether an answer says when the frames are that were seen.
             kwargs: for `generate`, such as `max_new_tokens` or a `streamer`.
         """
         if video is None and question is not None:
@@ -223,32 +234,37 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         progress=None,
         **generate_kwargs,
     ) -> list:
-        """For each input of the batch: the new tokens [R, L] of its R sequences, or its scored choices."""
+        """For each input of the batch: the new tokens [R, L] of its R sequences, or its scored choices; and of each
+        of its videos the times of its frames."""
         items, choices = model_inputs.get("items", [model_inputs]), model_inputs["choices"]
         videos = model_inputs.get("videos")
         if videos is None:
             videos = self._open(items, {"num_frames": num_frames, "fps": fps}, set(self._last), self._last)
         encoded = iter(self._encode(videos, progress))
-        samples = []
+        samples, times = [], []
         for item in items:
             sample = item.get("features")
             if sample is None:
                 messages = with_videos(item["messages"], encoded)
                 sample = self._features(messages, questions=questions, question_turn=question_turn)
+                times.append([video.times for video in videos_of(messages)])
+            else:
+                times.append(_times_in(sample))
             samples.append(self._ensure_tensor_on_device(sample, self.device))
         if any(choices):  # an input's options are a batch of their own
             if not all(choices):
                 raise ValueError("In one batch some inputs have choices and some have none; ask them separately.")
-            return [
+            scored = [
                 self._score_choices(dict(sample), options) for sample, options in zip(samples, choices, strict=True)
             ]
+            return list(zip(scored, times, strict=True))
         limited = {"max_new_tokens", "max_length", "generation_config"} & generate_kwargs.keys()
         if not limited and self.model.generation_config.max_new_tokens is None:
             generate_kwargs["max_new_tokens"] = self.MAX_NEW_TOKENS
         features = self.processor.collate(samples)
         sequences = self.model.generate(**features, **generate_kwargs)
         sequences = getattr(sequences, "sequences", sequences)[:, features["input_ids"].shape[1] :]
-        return list(sequences.unflatten(0, (len(choices), -1)))
+        return list(zip(sequences.unflatten(0, (len(choices), -1)), times, strict=True))
 
     def _open(self, items: list[dict], sampling: dict, known: set[tuple], last: dict) -> "_Videos":
         """Begins to read a batch's videos, each once, but none of the `known`, which `last` will hold by its turn."""
@@ -317,12 +333,17 @@ class VideoQuestionAnsweringPipeline(Pipeline):
 
     # ---- answers ----
 
-    def postprocess(self, model_outputs: list, skip_special_tokens: bool = True) -> list[dict]:
-        (answers,) = model_outputs
-        if isinstance(answers, list):
+    def postprocess(
+        self, model_outputs: list, skip_special_tokens: bool = True, return_frame_times: bool = False
+    ) -> list[dict]:
+        ((answers, times),) = model_outputs
+        if not isinstance(answers, list):
+            texts = self.processor.batch_decode(answers, skip_special_tokens=skip_special_tokens)
+            answers = [{"answer": text.strip()} for text in texts]
+        if not return_frame_times:
             return answers
-        texts = self.processor.batch_decode(answers, skip_special_tokens=skip_special_tokens)
-        return [{"answer": text.strip()} for text in texts]
+        frame_times = [seconds if seconds is None else seconds.tolist() for seconds in times]
+        return [{**answer, "frame_times": frame_times} for answer in answers]
 
     def save_pretrained(self, save_directory, **kwargs):
         """Saves a complete folder, processor included."""
