@@ -238,6 +238,9 @@ def test_choices_of_each_input():
     ]
     together = pipe(inputs, batch_size=2)
     assert together == [pipe(one) for one in inputs]
+    chats = [{"messages": chat(one["video"], one["question"]), "choices": one["choices"]} for one in inputs]
+    assert pipe(chats, batch_size=2) == together
+    assert pipe({"messages": chats[0]["messages"]}, choices=["a", "b"]) == together[0]
     with pytest.raises(ValueError, match="some inputs have choices and some have none"):
         pipe([inputs[0], {"video": VIDEOS[1], "question": "What?"}], batch_size=2)
 

@@ -134,7 +134,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         """
         Args:
             inputs: a dict with `video`, `question` and perhaps `choices`; a chat, whose messages hold blocks of type
-                "video"; a list, generator or dataset of these. Or a video, with `question` beside it.
+                "video", or a dict with it as `messages` and perhaps `choices`; a list, generator or dataset of these.
+                Or a video, with `question` beside it.
             video, question: one of each, or one question for several videos, or as many of both.
             num_frames, fps: how the videos are sampled, instead of the processor's defaults.
             choices: options to choose from.
@@ -173,6 +174,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             choices = inputs.get("choices", choices)
             content = [{"type": "video", "video": inputs["video"]}, {"type": "text", "text": inputs["question"]}]
             messages = [{"role": "user", "content": content}]
+        elif isinstance(inputs, dict) and "messages" in inputs:
+            choices, messages = inputs.get("choices", choices), inputs["messages"]
         else:  # the base class makes a Chat of what looks like one
             messages = getattr(inputs, "messages", inputs)
         if get_worker_info() is None:

@@ -1,0 +1,93 @@
+"""
+How sure a score is, and whether two runs differ. Questions on one video are not independent, so videos are resampled,
+each with all its questions.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000  # ours, as are the seed and the confidence of 95 %
+_AT_ONCE = 2**24  # numbers in memory
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over questions and the bounds between which it lies with 95 % confidence."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """
+    Of two runs on the same questions, the second's mean less the first's.
+
+    p_value: how often a difference as great comes about by chance if the runs are alike (two-sided).
+    questions: that both were asked.
+    """
+
+    difference: Interval
+    p_value: float
+    questions: int
+
+
+def bootstrap(scores: Sequence[float], videos: Sequence[Hashable] | None = None, seed: int = 0) -> Interval:
+    """
+    Percentile bootstrap of the mean, over videos with all their questions.
+
+    Args:
+        scores: one a question. videos: which one a question is about; None if each has its own.
+    Raises `ValueError` if there are no scores, or not as many videos.
+    """
+    sums, counts = _by_video(scores, videos)
+    generator, means = np.random.default_rng(seed), []
+    for rows in _parts(len(sums)):
+        picked = generator.integers(len(sums), size=(rows, len(sums)))  # with replacement
+        means.append(sums[picked].sum(axis=1) / counts[picked].sum(axis=1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return Interval(float(np.mean(scores)), float(low), float(high))
+
+
+def compare(
+    first: Sequence[float], second: Sequence[float], videos: Sequence[Hashable] | None = None, seed: int = 0
+) -> Difference:
+    """
+    Two runs' scores of the same questions, in the same order: bootstrap of the mean difference, and a permutation test
+    that swaps the runs video by video.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"The runs have {len(first)} and {len(second)} scores; give those of the same questions.")
+    differences = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
+    interval = bootstrap(differences, videos, seed)
+    sums, _ = _by_video(differences, videos)
+    generator = np.random.default_rng(seed + 1)
+    seen = abs(sums.sum()) - 1e-9  # sums of the same numbers in another order are not quite equal
+    as_great = sum(
+        int((abs(generator.choice([-1.0, 1.0], size=(rows, len(sums))) @ sums) >= seen).sum())
+        for rows in _parts(len(sums))
+    )
+    # The runs as they are, are one of the permutations.
+    return Difference(interval, (as_great + 1) / (RESAMPLES + 1), len(differences))
+
+
+def _by_video(scores: Sequence[float], videos: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of scores [V] and number of questions [V] of each video."""
+    if len(scores) == 0:
+        raise ValueError("There are no scores.")
+    if videos is None:
+        return np.asarray(scores, dtype=float), np.ones(len(scores))
+    if len(videos) != len(scores):
+        raise ValueError(f"There are {len(scores)} scores, but {len(videos)} videos; give one a score.")
+    numbers: dict[Hashable, int] = {}
+    place = [numbers.setdefault(video, len(numbers)) for video in videos]
+    return np.bincount(place, weights=np.asarray(scores, dtype=float)), np.bincount(place).astype(float)
+
+
+def _parts(videos: int) -> list[int]:
+    """How many resamples at a time."""
+    rows = max(min(_AT_ONCE // videos, RESAMPLES), 1)
+    return [min(rows, RESAMPLES - done) for done in range(0, RESAMPLES, rows)]
