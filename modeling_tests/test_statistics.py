@@ -53,7 +53,7 @@ def test_runs_that_differ_and_runs_that_do_not():
 
 
 def test_by_hand():
-    """Either sign of the one question on which two runs differ is as far from nothing; of eight, 2 in 256 signs are."""
+    """Either sign of the one question on which two runs differ is as far from 0; of eight, 2 in 256 signs are."""
     found = compare([1, 1, 0, 0], [0, 1, 0, 0])
     assert found.difference.mean == -0.25 and found.p_value == 1.0
     found = compare([1] * 8, [0] * 8)
