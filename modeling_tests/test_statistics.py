@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from linvt_hf.evaluation import statistics
-from linvt_hf.evaluation.statistics import bootstrap, compare
+from linvt_hf.evaluation.statistics import bootstrap, bootstrap_macro, compare
 
 
 def test_the_interval_is_the_one_of_theory():
@@ -37,6 +37,13 @@ def test_questions_on_one_video_count_once():
 
 def test_videos_with_more_questions_count_more():
     assert bootstrap([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"]).mean == 0.75
+
+
+def test_parts_count_alike():
+    interval = bootstrap_macro([([1.0] * 2, None), ([0.0] * 6 + [1.0] * 2, None)])
+    assert interval.mean == 0.625  # and not 0.4
+    alone = bootstrap([0.0] * 6 + [1.0] * 2)
+    assert interval.high - interval.low == pytest.approx((alone.high - alone.low) / 2, abs=0.07)
 
 
 def test_runs_that_differ_and_runs_that_do_not():

@@ -6,6 +6,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 TRAINING = Path(__file__).parent / "training"
@@ -107,12 +108,66 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--show", action="store_true", help="print all settings as they would be used, and stop")
     train.set_defaults(run=_train)
 
+    evaluate = commands.add_parser(
+        "eval",
+        help="run benchmarks by lmms-eval, and say how sure the scores are",
+        description="Runs benchmarks by lmms-eval's own command, and says how sure the scores are.",
+        epilog=_ABOUT_EVAL,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="LinVT model, or adapters: a Hub id or a folder")
+    evaluate.add_argument("--tasks", required=True, help="names of tasks or groups, with commas between")
+    evaluate.add_argument(
+        "--output", type=Path, required=True, help="folder for results; what is done is not run again"
+    )
+    evaluate.add_argument("--data", type=Path, help="where benchmarks lie that are not on the Hub, a folder each")
+    evaluate.add_argument("--num-frames", type=int, help="frames to read, instead of the task's or the model's number")
+    evaluate.add_argument("--fps", type=float, help="frames a second to read; then --num-frames is the most")
+    evaluate.add_argument("--max-new-tokens", type=int, help="longest answer, instead of the tasks'")
+    evaluate.add_argument(
+        "--letters",
+        default="generate",
+        choices=["generate", "likelihood"],
+        help="of lettered options: generate the answer (default), or take the likeliest letter",
+    )
+    evaluate.add_argument("--batch-size", type=int, default=1, help="questions at a time (1)")
+    evaluate.add_argument("--processes", type=int, default=1, help="processes, each with a GPU of its own (1)")
+    evaluate.add_argument("--limit", type=int, help="only the first questions of each task, to try it out")
+    evaluate.add_argument("--device", help="cpu, cuda, or auto; by default a GPU if there is one")
+    evaluate.add_argument("--dtype", default="auto", help="type of the weights: auto (as stored), bfloat16, ...")
+    evaluate.add_argument("--quantize", choices=["4bit", "8bit"], help="the image-LLM's weights, by bitsandbytes")
+    evaluate.add_argument("--base", help="the base of adapters, if it is not where they say")
+    evaluate.add_argument("--judge", metavar="URL", help="OpenAI-compatible API that judges open answers")
+    evaluate.add_argument("--judge-model", metavar="NAME", help="the judge's name there; its key is OPENAI_API_KEY")
+    evaluate.add_argument("--compare", action="store_true", help="print published figures beside the scores")
+    evaluate.add_argument("extra", nargs="*", help="after --: further arguments for lmms_eval")
+    evaluate.set_defaults(run=_eval)
+
+    compare = commands.add_parser("compare", help="whether two runs of linvt eval differ, on the same questions")
+    compare.add_argument("first", metavar="FIRST", type=Path, help="what linvt eval wrote, or a task's folder there")
+    compare.add_argument("second", metavar="SECOND", type=Path, help="another")
+    compare.set_defaults(run=_compare)
+
     merge = commands.add_parser("merge", help="make one whole model of adapters and their base")
     merge.add_argument("adapter", metavar="ADAPTER", help="what training wrote: a folder or a Hub id")
     merge.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     merge.add_argument("--base", help="the base, if it is not where the adapters say")
     merge.set_defaults(run=_merge)
     return parser
+
+
+_ABOUT_EVAL = """\
+examples:
+  linvt eval MODEL --tasks mvbench,egoschema_subset --output runs/eval --num-frames 64 --batch-size 8 --compare
+  linvt eval MODEL --tasks msvd_qa,tgif_qa --data benchmarks --output runs/eval \\
+      --judge http://localhost:8000/v1 --judge-model Qwen/Qwen3-8B
+  linvt eval examples/linvt-shapes --tasks linvt_shapes --output runs/shapes --batch-size 16
+
+A run that was stopped goes on when the same command is given again. Tasks are lmms-eval's, of which
+`lmms_eval --tasks list` tells the names, and msvd_qa, msrvtt_qa, activitynet_qa, tgif_qa (tgif_qa_frame, _action,
+_transition, _count), videovista, linvt_shapes and linvt_shapes_long. Videos that lmms-eval itself has to fetch come
+from the Hub.
+"""
 
 
 def _about_training() -> str:
@@ -276,6 +331,46 @@ def _merge(args) -> None:
     _say(f"writing {args.out}")
     merge(model).save_pretrained(args.out, processor=processor)
     print(f"{args.out}: {args.adapter} and its base in one model.")
+
+
+def _eval(args) -> None:
+    try:
+        from linvt_hf.evaluation.judge import Judge
+        from linvt_hf.evaluation.report import beside_published, table
+        from linvt_hf.evaluation.run import EvalSettings, evaluate
+    except ImportError as error:
+        raise ImportError(
+            f"Evaluation needs more packages ({error}): pip install 'linvt_hf[eval]', and lmms-eval by itself, "
+            "pip install --no-deps 'lmms-eval>=0.7.3'."
+        ) from error
+    if (args.judge is None) != (args.judge_model is None):
+        raise ValueError("Give both --judge URL and --judge-model NAME; one of them is missing.")
+    names = {field.name for field in fields(EvalSettings)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    run = evaluate(
+        EvalSettings(**{**given, "extra": tuple(args.extra)}),
+        [task for task in args.tasks.split(",") if task],
+        args.output,
+        processes=args.processes,
+        batch_size=args.batch_size,
+        data=args.data,
+        judge=None if args.judge is None else Judge(args.judge, args.judge_model),
+        say=lambda text: print(f"linvt: {text}", file=sys.stderr, flush=True),
+    )
+    print(table(run.scores))
+    for task, said in run.judge.items():
+        print(f"\n{task}, judged by {said['judge']}: {said['judged']} judged, {said['unjudged']} not")
+    if args.compare:
+        print(f"\n{beside_published(run.scores)}")
+    if run.failed:
+        raise RuntimeError(f"No result for {', '.join(run.failed)}; the others are above and in {args.output}.")
+
+
+def _compare(args) -> None:
+    from linvt_hf.evaluation.report import compare_runs, comparison_table
+    from linvt_hf.evaluation.scores import read_answers
+
+    print(comparison_table(compare_runs(read_answers(args.first), read_answers(args.second))))
 
 
 def _say(what: str) -> None:

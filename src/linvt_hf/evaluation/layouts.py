@@ -18,10 +18,14 @@ _SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".gif")  # where a video i
 SHAPES_SCENES = {"video": 500, "long": 100}  # of the test split, as `python -m linvt_hf.shapes data` writes it
 
 
+def own_cache() -> Path:
+    """For what is made of benchmarks: in Hugging Face's home."""
+    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "linvt"
+
+
 def data_folder() -> Path:
-    """Where benchmarks lie, a folder each: $LINVT_DATA, or the folder `linvt` in Hugging Face's home."""
-    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    return Path(os.environ.get("LINVT_DATA") or Path(home).expanduser() / "linvt")
+    """Where benchmarks lie, a folder each: $LINVT_DATA, or our cache."""
+    return Path(os.environ.get("LINVT_DATA") or own_cache())
 
 
 def read_records(benchmark: str, folder: Path | None = None) -> list[dict]:
@@ -35,9 +39,10 @@ def read_records(benchmark: str, folder: Path | None = None) -> list[dict]:
     Raises `FileNotFoundError` saying which files are expected where, `ValueError` for a file of another form.
     """
     home, read = BENCHMARKS[benchmark]
-    folder = data_folder() / home if folder is None else Path(folder)
+    if folder is None:  # what can be made anew needs no place among data
+        folder = (own_cache() if home == "shapes" else data_folder()) / home
     try:
-        return read(folder)
+        return read(Path(folder))
     except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
         raise ValueError(f"The files of {benchmark} in {folder} are not as published: {error!r}.") from error
 

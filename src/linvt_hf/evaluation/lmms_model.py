@@ -205,7 +205,7 @@ class LinVT(lmms):
                 "doc_id": asked.doc_id,
                 "question": asked.words(),
                 "videos": [str(video) for video in asked.media("video")],
-                "frame_times": answer.frame_times,
+                "frame_times": [times and [round(time, 3) for time in times] for times in answer.frame_times],
                 "answer": answer.text,
                 "error": answer.error,
                 "log_likelihoods": answer.log_likelihoods,

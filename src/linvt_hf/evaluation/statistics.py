@@ -43,13 +43,24 @@ def bootstrap(scores: Sequence[float], videos: Sequence[Hashable] | None = None,
         scores: one a question. videos: which one a question is about; None if each has its own.
     Raises `ValueError` if there are no scores, or not as many videos.
     """
-    sums, counts = _by_video(scores, videos)
-    generator, means = np.random.default_rng(seed), []
-    for rows in _parts(len(sums)):
+    return bootstrap_macro([(scores, videos)], seed)
+
+
+def bootstrap_macro(parts: Sequence[tuple[Sequence[float], Sequence[Hashable] | None]], seed: int = 0) -> Interval:
+    """The same of the mean over several parts, each of which counts alike however many questions it has."""
+    generator = np.random.default_rng(seed)
+    resampled = np.mean([_means(*_by_video(*part), generator) for part in parts], axis=0)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Interval(float(np.mean([np.mean(scores) for scores, _ in parts])), float(low), float(high))
+
+
+def _means(sums: np.ndarray, counts: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Of each resample of videos, [R]."""
+    means = []
+    for rows in _at_once(len(sums)):
         picked = generator.integers(len(sums), size=(rows, len(sums)))  # with replacement
         means.append(sums[picked].sum(axis=1) / counts[picked].sum(axis=1))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return Interval(float(np.mean(scores)), float(low), float(high))
+    return np.concatenate(means)
 
 
 def compare(
@@ -68,7 +79,7 @@ def compare(
     seen = abs(sums.sum()) - 1e-9  # sums of the same numbers in another order are not quite equal
     as_great = sum(
         int((abs(generator.choice([-1.0, 1.0], size=(rows, len(sums))) @ sums) >= seen).sum())
-        for rows in _parts(len(sums))
+        for rows in _at_once(len(sums))
     )
     # The runs as they are, are one of the permutations.
     return Difference(interval, (as_great + 1) / (RESAMPLES + 1), len(differences))
@@ -87,7 +98,7 @@ def _by_video(scores: Sequence[float], videos: Sequence[Hashable] | None) -> tup
     return np.bincount(place, weights=np.asarray(scores, dtype=float)), np.bincount(place).astype(float)
 
 
-def _parts(videos: int) -> list[int]:
+def _at_once(videos: int) -> list[int]:
     """How many resamples at a time."""
     rows = max(min(_AT_ONCE // videos, RESAMPLES), 1)
     return [min(rows, RESAMPLES - done) for done in range(0, RESAMPLES, rows)]

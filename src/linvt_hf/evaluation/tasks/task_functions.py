@@ -3,9 +3,8 @@
 import hashlib
 import json
 import os
-from pathlib import Path
 
-from linvt_hf.evaluation.layouts import BENCHMARKS, data_folder, read_records
+from linvt_hf.evaluation.layouts import BENCHMARKS, own_cache, read_records
 from linvt_hf.evaluation.parsing import LETTERS, choice_in, contains, exact_match, number_in, token_f1
 
 
@@ -14,8 +13,7 @@ def __getattr__(name: str) -> dict:
     if name not in BENCHMARKS:
         raise AttributeError(f"There is no {name} here.")
     lines = "".join(json.dumps(record) + "\n" for record in read_records(name))
-    folder = data_folder() if os.access(data_folder(), os.W_OK) else Path(os.environ["HF_HOME"])
-    file = folder / ".records" / f"{name}-{hashlib.sha256(lines.encode()).hexdigest()[:16]}.jsonl"
+    file = own_cache() / "records" / f"{name}-{hashlib.sha256(lines.encode()).hexdigest()[:16]}.jsonl"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(f".{os.getpid()}")
