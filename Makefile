@@ -15,6 +15,7 @@ $(VENV)/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q --disable-pip-version-check "$$(grep ^torch== constraints.txt)"
 	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(RUN) -m pip install -q --disable-pip-version-check --no-deps "$$(grep ^lmms-eval== constraints.txt)"
 	touch $@
 
 install: $(VENV)/installed  ## virtual environment with the pinned versions

@@ -1,6 +1,7 @@
 """`lmms_eval --model linvt`: LinVT models as lmms-eval asks them."""
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ class LinVT(lmms):
     A chat model of lmms-eval's: `lmms_eval --model linvt --model_args pretrained=FOLDER,num_frames=32 --tasks ...`.
 
     Questions on one video are asked one after the other and encode it once; `batch_size` of them go through the model
-    together. With `accelerate launch --num_processes N` each process has a device and asks its share.
+    together. With `accelerate launch --num_processes N -m lmms_eval` each process has a GPU and asks its share; on CPU
+    that is `ACCELERATE_USE_CPU=1 torchrun --nproc-per-node N -m lmms_eval`.
 
     A question that cannot be answered, for instance because its video cannot be read, gets the answer "", which is
     wrong; `record` tells the reason, and so does a line in the log.
@@ -100,6 +102,11 @@ class LinVT(lmms):
             raise ValueError(f"letters is {letters!r}; it is 'generate' or 'likelihood'.")
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if (started := int(os.environ.get("WORLD_SIZE", 1))) != self._world_size:
+            raise ValueError(
+                f"{started} processes were started, but accelerate knows of {self._world_size}; on CPUs it needs "
+                "ACCELERATE_USE_CPU=1 in the environment."
+            )
         if device in (None, "cuda") and torch.cuda.is_available():
             device = f"cuda:{self.accelerator.local_process_index}"
         self.pipeline = load_pipeline(pretrained, device=device, dtype=dtype, quantize=quantize, base=base)

@@ -88,7 +88,7 @@ def evaluate(
     Args:
         tasks: names of lmms-eval's tasks and groups, and of those in `TASKS`.
         output: the folder.
-        processes: each with a device, as `accelerate launch` starts them; batch_size: of each.
+        processes: each with a device of its own, on one machine; batch_size: of each.
         data: where the benchmarks lie that are not of the Hub, a folder each.
         judge: for tasks with open answers.
         say: is told how it goes.
@@ -142,6 +142,8 @@ def _run_task(
     """Why a task has no results; None if it has."""
     command = lmms_eval_command(settings, task, folder, processes, batch_size)
     environment = {"HF_HOME": str(Path("~/.cache/huggingface").expanduser()), **os.environ}  # some tasks need it
+    if not torch.cuda.is_available():
+        environment["ACCELERATE_USE_CPU"] = "1"  # else each of several processes would be one by itself
     if data is not None:
         environment["LINVT_DATA"] = str(data.absolute())
     with (folder / "log.txt").open("wb") as log:
@@ -168,11 +170,9 @@ def lmms_eval_command(
     settings: EvalSettings, task: str, folder: Path, processes: int = 1, batch_size: int = 1
 ) -> list[str]:
     """What one could type as well."""
-    launch = []
-    if processes > 1:
-        launch = ["accelerate.commands.launch", "--num_processes", str(processes)]
-        launch += ["--multi_gpu"] if torch.cuda.is_available() else ["--cpu"]
-        launch += ["-m"]
+    # As `accelerate launch` does it on GPUs; on a CPU that would start one process only.
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    launch = several if processes > 1 else []
     limit = [] if settings.limit is None else ["--limit", str(settings.limit)]
     return [
         *(sys.executable, "-m", *launch, "lmms_eval", "--model", "linvt"),
