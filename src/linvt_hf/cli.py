@@ -91,6 +91,33 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--json", action="store_true", help="print one JSON object")
     ask.set_defaults(run=_ask)
 
+    batch = commands.add_parser(
+        "batch",
+        help="ask the same of very many videos, into Parquet",
+        description="Asks the same of very many videos: OUTPUT/answers/*.parquet, and what has no answer, with the "
+        "reason, in OUTPUT/failed. A job that was stopped goes on when the same command is given again.",
+    )
+    batch.add_argument("model", metavar="MODEL", help="LinVT model, or adapters: a Hub id or a folder")
+    batch.add_argument(
+        "input", metavar="INPUT", help="a .parquet or .jsonl with a column video (and id, question), or a folder"
+    )
+    batch.add_argument("--questions", nargs="+", default=[], help="of each video; else each row has a question")
+    batch.add_argument("--choices", nargs="+", default=[], help="options of every question; the likeliest is taken")
+    batch.add_argument("--output", type=Path, required=True, help="folder to write")
+    batch.add_argument("--workers", type=int, default=1, help="more than one are Ray's, with a GPU each (1)")
+    batch.add_argument(
+        "--batch-size", type=int, default=8, help="questions at a time, fewer where memory is short (8)"
+    )
+    batch.add_argument("--chunk", type=int, default=256, help="rows that are done, or done again, together (256)")
+    batch.add_argument("--num-frames", type=int, help="frames to read, instead of the model's default")
+    batch.add_argument("--fps", type=float, help="frames a second to read; then --num-frames is the most")
+    batch.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (256)")
+    batch.add_argument("--device", help="of one worker: cpu, cuda, or auto; by default a GPU if there is one")
+    batch.add_argument("--dtype", default="auto", help="type of the weights: auto (as stored), bfloat16, ...")
+    batch.add_argument("--quantize", choices=["4bit", "8bit"], help="the image-LLM's weights, by bitsandbytes")
+    batch.add_argument("--base", help="the base of adapters, if it is not where they say")
+    batch.set_defaults(run=_batch)
+
     train = commands.add_parser(
         "train",
         help="train LinVT, and a LoRA on the language model, by a recipe",
@@ -278,6 +305,34 @@ def _answer(pipeline, question: str, args) -> None:
         text = json.dumps({"video": args.video, "question": question, **result}, ensure_ascii=False)
     if text is not None:
         print(text, flush=True)
+
+
+def _batch(args) -> None:
+    try:
+        from linvt_hf.asking.batch import BatchSettings, Progress, run_batch
+    except ImportError as error:
+        raise ImportError(f"Batches need more packages ({error}): pip install 'linvt_hf[batch]'.") from error
+    from tqdm import tqdm
+
+    names = {field.name for field in fields(BatchSettings)}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(args).items() if name in names}
+    bar = tqdm(unit=" chunks", disable=None)
+
+    def say(progress: Progress) -> None:
+        bar.total = progress.of
+        bar.set_postfix(answered=progress.answered, failed=progress.failed, refresh=False)
+        bar.update(progress.chunks - bar.n)
+
+    done = run_batch(
+        BatchSettings(**given),
+        args.output,
+        workers=args.workers,
+        device=args.device,
+        batch_size=args.batch_size,
+        say=say,
+    )
+    bar.close()
+    print(f"{args.output}: {done.answered:,} answers, {done.failed:,} questions without one.")
 
 
 def _progress() -> Callable[[int, int], None]:

@@ -38,8 +38,8 @@ def answer_all(
     """
     One `Answer` for each input, in order.
 
-    A batch that cannot be answered is asked again one by one, so that what is wrong with one video, or with the memory
-    that a whole batch takes, costs no other question its answer.
+    A batch that cannot be answered is asked again by halves, down to one input, so that what is wrong with one video,
+    or with the memory that a whole batch takes, costs no other question its answer.
 
     Args:
         inputs: what the pipeline takes: dicts with `video`, `question` and perhaps `choices`, or chats. Questions on
@@ -47,27 +47,20 @@ def answer_all(
         batch_size: inputs that go through the model together.
         kwargs: for the pipeline, such as `num_frames` or `max_new_tokens`.
     """
-    kwargs["return_frame_times"] = True
     done = 0
     while done < len(inputs):
         try:
             # As a generator: it gives the answers before the batch that fails.
-            for answers in pipeline(iter(inputs[done:]), batch_size=batch_size, **kwargs):
+            for answers in pipeline(iter(inputs[done:]), batch_size=batch_size, return_frame_times=True, **kwargs):
                 yield _answer(answers)
                 done += 1
-        except _FAULTS:
+        except _FAULTS as error:
             failed = inputs[done : done + batch_size]
-            for one in failed:
-                yield _alone(pipeline, one, kwargs)
+            if len(failed) == 1:
+                yield Answer(error=in_one_line(error))
+            else:
+                yield from answer_all(pipeline, failed, batch_size=(len(failed) + 1) // 2, **kwargs)
             done += len(failed)
-
-
-def _alone(pipeline: VideoQuestionAnsweringPipeline, one, kwargs: dict) -> Answer:
-    try:
-        (answers,) = pipeline([one], batch_size=1, **kwargs)
-        return _answer(answers)
-    except _FAULTS as error:
-        return Answer(error=in_one_line(error))
 
 
 def in_one_line(error: BaseException) -> str:
