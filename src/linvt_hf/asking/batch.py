@@ -7,6 +7,7 @@ chunk; several are actors of Ray Data, each with a device, and give the same fil
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -269,6 +270,7 @@ def _by_ray(
             raise ValueError(
                 f"{workers} workers need as many {'GPUs' if gpus else 'CPUs'}, and Ray has {gpus or cpus}."
             )
+        logging.getLogger("ray.data").setLevel(logging.WARNING)  # its account of itself, between the bars
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         items = [{"chunk": number, "asked": json.dumps(asked)} for number, asked in _chunks(settings, missing)]
@@ -277,7 +279,7 @@ def _by_ray(
             _Actor,
             fn_constructor_args=(settings, "cuda" if gpus else "cpu", batch_size, threads),
             batch_size=1,
-            concurrency=workers,
+            compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=threads,
             num_gpus=1 if gpus else 0,
         )
