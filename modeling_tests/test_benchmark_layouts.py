@@ -162,13 +162,14 @@ def test_what_tasks_ask_and_how_they_count(tmp_path, monkeypatch):
     with pytest.raises(AttributeError, match="There is no nosuch"):
         task_functions.__getattr__("nosuch")
 
-    said = {"answer": "dog"}
+    said = {"answer": "dog", "question": "Who?"}
     assert task_functions.open_ended(said, ["A dog."])["exact_match"] == 1.0
     assert task_functions.open_ended(said, ["It is a dog."]) == {
         "exact_match": 0.0,
         "contains": 1.0,
         "token_f1": 0.5,
         "parsed": "It is a dog.",
+        "question": "Who?",
     }
 
 

@@ -13,7 +13,7 @@ ANSWERS = "answers.jsonl"
 # What lmms-eval says of a sample beside its metrics.
 _BESIDE = {
     *("doc_id", "doc", "doc_hash", "target", "arguments", "input", "input_media", "resps", "filtered_resps"),
-    *("token_counts", "parsed"),
+    *("token_counts", "parsed", "question"),
 }
 
 
@@ -22,7 +22,8 @@ class Answered:
     """
     One question of a task and what became of it.
 
-    question, videos, frame_times: what was asked, and the seconds of the frames that were seen of each video.
+    question, videos, frame_times: what was asked, of our tasks without what is said around it, and the seconds of the
+        frames that were seen of each video.
     target: the right answer, as the task has it. answer: the model's, raw. parsed: what it was taken to say, where the
         task tells; unclear: whether that is nothing.
     scores: by metric; for most 1.0 where the answer is right and 0.0 where it is wrong.
@@ -96,7 +97,7 @@ def _answered(task: str, sample: dict, said: dict) -> Answered:
     return Answered(
         task=task,
         doc_id=sample["doc_id"],
-        question=said.get("question", str(sample.get("input", ""))),
+        question=sample.get("question", said.get("question", str(sample.get("input", "")))),
         videos=said.get("videos", []),
         frame_times=said.get("frame_times", []),
         target=str(sample["target"]),

@@ -56,6 +56,7 @@ def open_ended(doc: dict, results: list[str]) -> dict:
         "contains": float(contains(said, right)),
         "token_f1": token_f1(said, right),
         "parsed": said,
+        "question": doc["question"],  # for a judge, without what was said around it
     }
 
 
