@@ -143,7 +143,7 @@ def test_one_sentence(videos, tmp_path, done):
     (tmp_path / "rows.csv").write_text("video")
     with pytest.raises(ValueError, match="is no .parquet, no .jsonl and no folder of videos"):
         run_batch(settings(tmp_path / "rows.csv"), tmp_path / "out")
-    with pytest.raises(ValueError, match=r"holds another job \(num_frames was 4 and is 5\)"):
+    with pytest.raises(ValueError, match=r"results of other settings \(num_frames was 4 and is 5\)"):
         run_batch(settings(videos, num_frames=5), done[0])
 
 

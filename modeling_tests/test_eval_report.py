@@ -193,6 +193,54 @@ def test_the_command_is_one_that_could_be_typed(tmp_path):
         lmms_eval_command(EvalSettings("a,b"), "mvbench", tmp_path)
 
 
+def test_a_run_of_several_tasks(tmp_path, monkeypatch):
+    """One whose answers a judge reads, one without its data, one of which no question can be answered."""
+    said, started = [], []
+
+    def run_task(settings, task, folder, processes, batch_size, data):
+        started.append((task, processes, batch_size, data))
+        if task == "absent":
+            return "There is no test_qa.json"
+        metrics = {"exact_match": 0.0, "contains": 1.0, "question": "Who?"}
+        config = {task: {"dataset_path": "json" if task == "open" else "some/dataset"}}
+        samples = [sample(n, task, **metrics, parsed="B.") for n in range(2)]
+        lmms_run(folder, samples, {"results": {task: {"contains,none": 1.0}}, "configs": config})
+        lines = [
+            {"task": task, "split": "test", "doc_id": n, "question": "Who? One word.", "videos": ["v"]}
+            | {"frame_times": [[0.0]], "answer": "B.", "error": "no video" if task == "blind" else None}
+            for n in range(2)
+        ]
+        (folder / "record.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return None
+
+    monkeypatch.setattr(run_module, "_run_task", run_task)
+    judge = FakeJudge(Verdict(True, 4), Verdict(False, 0), *[Verdict(True, 5)] * 2)
+    asked = {"processes": 2, "batch_size": 4, "data": Path("d"), "say": said.append}
+    run = run_module.evaluate(EvalSettings("m"), ["open", "absent", "blind", "hub"], tmp_path, judge=judge, **asked)
+    assert started[0] == ("open", 2, 4, Path("d"))
+    assert judge.asked[:2] == [("Who?", "B", "B.")] * 2
+    assert run.failed == {
+        "absent": "There is no test_qa.json",
+        "blind": "none of 2 questions could be answered: no video",
+    }
+    assert run.judge["open"]["judge_accuracy"] == 0.5
+    assert [(score.metric, score.interval.mean) for score in run.scores if score.task == "open"] == [
+        ("exact_match", 0.0),
+        ("contains", 1.0),
+        ("judge_accuracy", 0.5),
+        ("judge_score", 2.0),
+    ]
+    assert json.loads((tmp_path / "results.json").read_text())["judge"]["open"]["judge"] == "some-judge"
+    report = (tmp_path / "report.md").read_text()
+    assert "Judge: some-judge." in report and "No result for blind: none of 2 questions" in report
+    assert [file.name for file in (tmp_path / ".eval_results").iterdir()] == ["hub.yaml"]
+    # Again without a judge: what it said is still there, and only what has no result is run.
+    started.clear()
+    again = run_module.evaluate(EvalSettings("m"), ["open", "blind"], tmp_path, say=said.append)
+    assert [task for task, *_ in started] == ["blind"]
+    assert "judge_accuracy" in {score.metric for score in again.scores}
+
+
 def test_without_lmms_eval(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps 'lmms-eval"):

@@ -200,13 +200,13 @@ def test_two_processes_say_what_one_says_and_missing_data_ends_nothing(ran, home
     assert {path.name for path in (home / "two/linvt_shapes").glob("record*")} == {"record.jsonl.0", "record.jsonl.1"}
     report = (home / "two/report.md").read_text()
     assert "| linvt_shapes | exact_match | 95.1 |" in report and "No result for videovista" in report
-    # Again: what is done is not run again, what is not, is; and other settings are another run.
+    # Again: what is done is not run again; and other settings are another run.
     before = (home / "two/linvt_shapes/log.txt").stat().st_mtime_ns
     command[3] = "linvt_shapes"
     assert main(command) == 0
     assert (home / "two/linvt_shapes/log.txt").stat().st_mtime_ns == before
     assert main([*command, "--num-frames", "8"]) == 2
-    assert "holds a run of other settings (num_frames None, not 8)" in capsys.readouterr().err
+    assert "holds results of other settings (num_frames was None and is 8)" in capsys.readouterr().err
     assert main(["compare", str(home / "two"), str(home / "two/linvt_shapes")]) == 0
     assert "| linvt_shapes | exact_match | 95.1 | 95.1 | 0.0 | 0.0 to 0.0 | 1.0000 | 41 |" in capsys.readouterr().out
 

@@ -18,6 +18,7 @@ import torch
 
 from .answers import answer_all
 from .loading import load_pipeline
+from .settings_file import keep_settings
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".webm", ".mkv", ".mov", ".gif", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"}
 CHUNK = 256  # rows of the input; ours
@@ -86,7 +87,7 @@ def run_batch(
     Raises `ValueError` for an input without videos, or a folder that holds another job.
     """
     total = count_rows(Path(settings.input))
-    _check_same(settings, total, output)
+    keep_settings(output / "job.json", {**asdict(settings), "rows": total})
     chunks = -(-total // settings.chunk)
     done = [number for number in range(chunks) if _file(output, "answers", number).exists()]
     answered, failed = (
@@ -119,17 +120,6 @@ def run_batch(
 
 def _file(output: Path, kind: str, chunk: int) -> Path:
     return output / kind / f"{chunk:06d}.parquet"
-
-
-def _check_same(settings: BatchSettings, total: int, output: Path) -> None:
-    file, now = output / "job.json", json.loads(json.dumps({**asdict(settings), "rows": total}))
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if changed := [name for name in now if now[name] != before.get(name)]:
-            was = "; ".join(f"{name} was {before.get(name)} and is {now[name]}" for name in changed)
-            raise ValueError(f"{output} holds another job ({was}); give another folder.")
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
 
 
 # ---- rows ----

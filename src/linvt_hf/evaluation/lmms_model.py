@@ -170,10 +170,9 @@ class LinVT(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         asked = [self._asked(request) for request in requests]
         texts = []
-        for request, each, answer in zip(requests, asked, self._answers(asked), strict=True):
+        for each, answer in zip(asked, self._answers(asked), strict=True):
             ends = [place for end in each.until if end and (place := answer.text.find(end)) >= 0]
             texts.append(answer.text[: min(ends)].rstrip() if ends else answer.text)
-            self.cache_hook.add_partial("generate_until", (request.args[0], each.settings), texts[-1])
         return texts
 
     def _answers(self, asked: list[_Asked]) -> list[Answer]:

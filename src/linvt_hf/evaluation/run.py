@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from ..asking.settings_file import keep_settings
 from .judge import Judge, Verdict, judged
 from .report import table, write_eval_results
 from .scores import ANSWERS, Answered, Score, read_answers, read_run, results_file, score_tasks, write_answers
@@ -95,7 +96,7 @@ def evaluate(
     """
     if importlib.util.find_spec("lmms_eval") is None:
         raise ImportError(MISSING.format("lmms_eval"))
-    _check_same(settings, output)
+    keep_settings(output / "settings.json", asdict(settings))
     run = Run([], {}, {})
     datasets: dict[str, str] = {}
     for task in tasks:
@@ -103,11 +104,15 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / ANSWERS).exists():
             say(f"{task}: asking; the log is {folder / 'log.txt'}")
-            if reason := _run_task(settings, task, folder, processes, batch_size, data):
+            reason = _run_task(settings, task, folder, processes, batch_size, data)
+            answers = [] if reason else read_run(folder)
+            if answers and all(answer.error is not None for answer in answers):
+                reason = f"none of {len(answers)} questions could be answered: {answers[0].error}"
+            if reason:
                 run.failed[task] = reason
                 say(f"{task}: {reason}")
                 continue
-            write_answers(read_run(folder), folder / ANSWERS)
+            write_answers(answers, folder / ANSWERS)
         answers, results = read_answers(folder), json.loads(results_file(folder).read_text(encoding="utf-8"))
         if judge is not None and any("contains" in answer.scores for answer in answers):
             say(f"{task}: asking the judge, {judge.model}")
@@ -125,22 +130,11 @@ def evaluate(
     return run
 
 
-def _check_same(settings: EvalSettings, output: Path) -> None:
-    file, now = output / "settings.json", json.loads(json.dumps(asdict(settings)))
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if changed := [name for name in now if now[name] != before.get(name)]:
-            was = ", ".join(f"{name} {before.get(name)}, not {now[name]}" for name in changed)
-            raise ValueError(f"{output} holds a run of other settings ({was}); give another folder.")
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-
-
 def _run_task(
     settings: EvalSettings, task: str, folder: Path, processes: int, batch_size: int, data: Path | None
 ) -> str | None:
     """Why a task has no results; None if it has."""
-    command = lmms_eval_command(settings, task, folder, processes, batch_size)
+    command, before = lmms_eval_command(settings, task, folder, processes, batch_size), results_file(folder)
     environment = {"HF_HOME": str(Path("~/.cache/huggingface").expanduser()), **os.environ}  # some tasks need it
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "1"  # else each of several processes would be one by itself
@@ -157,7 +151,7 @@ def _run_task(
                 sys.stderr.buffer.write(chunk)
                 sys.stderr.flush()
         status = process.wait()
-    if results_file(folder) is not None:
+    if results_file(folder) != before:
         return None
     text = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
     # What was wrong first: what comes after it is an account of tries.
