@@ -17,6 +17,7 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .chat_templates import videos_of, with_videos
 from .encoded_video import EncodedVideo, PixelStream
+from .video_explanation import Explanation, explain
 from .video_reading import is_one_video
 
 _SAMPLING = ("num_frames", "fps")
@@ -134,7 +135,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         """
         Args:
             inputs: a dict with `video`, `question` and perhaps `choices`; a chat, whose messages hold blocks of type
-                "video"; a list, generator or dataset of these. Or a video, with `question` beside it.
+                "video", or a dict with it as `messages` and perhaps `choices`; a list, generator or dataset of these.
+                Or a video, with `question` beside it.
             video, question: one of each, or one question for several videos, or as many of both.
             num_frames, fps: how the videos are sampled, instead of the processor's defaults.
             choices: options to choose from.
@@ -164,6 +166,17 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             inputs = (each for each in inputs)
         return super().__call__(inputs, **kwargs)
 
+    def explain(self, video: Any, question: str, **kwargs) -> Explanation:
+        """
+        Which moments and places of a video the answer to a question was read from.
+
+        Args:
+            answer: what is explained; by default what the model answers.
+            importance: "uniform", or "gradient": weigh tokens by how much the answer depends on them.
+            num_frames, fps: as in a call. kwargs: for `generate`.
+        """
+        return explain(self, video, question, **kwargs)
+
     # ---- one input ----
 
     def preprocess(self, inputs, choices=None, **reading):
@@ -173,6 +186,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             choices = inputs.get("choices", choices)
             content = [{"type": "video", "video": inputs["video"]}, {"type": "text", "text": inputs["question"]}]
             messages = [{"role": "user", "content": content}]
+        elif isinstance(inputs, dict) and "messages" in inputs:
+            choices, messages = inputs.get("choices", choices), inputs["messages"]
         else:  # the base class makes a Chat of what looks like one
             messages = getattr(inputs, "messages", inputs)
         if get_worker_info() is None:

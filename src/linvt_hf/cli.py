@@ -91,6 +91,28 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--json", action="store_true", help="print one JSON object")
     ask.set_defaults(run=_ask)
 
+    explain = commands.add_parser(
+        "explain", help="pictures of the moments and places of a video that an answer was read from"
+    )
+    explain.add_argument("model", metavar="MODEL", help="LinVT model, or adapters: a Hub id or a folder")
+    explain.add_argument("video", metavar="VIDEO", help="a video file or URL")
+    explain.add_argument("questions", metavar="QUESTION", nargs="+", help="one or more; of two also side by side")
+    explain.add_argument("--out", type=Path, required=True, help="folder to write")
+    explain.add_argument(
+        "--importance",
+        choices=["uniform", "gradient"],
+        default="gradient",
+        help="weigh tokens by how much the answer depends on them, by gradient (default), or all alike",
+    )
+    explain.add_argument("--num-frames", type=int, help="frames to read, instead of the model's default")
+    explain.add_argument("--fps", type=float, help="frames a second to read, instead of the model's default")
+    explain.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (256)")
+    explain.add_argument("--device", help="cpu, cuda, or auto; by default a GPU if there is one")
+    explain.add_argument("--dtype", default="auto", help="type of the weights: auto (as stored), bfloat16, ...")
+    explain.add_argument("--quantize", choices=["4bit", "8bit"], help="the image-LLM's weights, by bitsandbytes")
+    explain.add_argument("--base", help="the base of adapters, if it is not where they say")
+    explain.set_defaults(run=_explain)
+
     batch = commands.add_parser(
         "batch",
         help="ask the same of very many videos, into Parquet",
@@ -270,8 +292,7 @@ def _setting(pair: str) -> tuple[str, object]:
 
 
 def _ask(args) -> None:
-    if "://" not in args.video and not Path(args.video).exists():
-        raise ValueError(f"There is no video at {args.video}.")
+    _check_video(args.video)
     _say(f"loading {args.model}")
     from linvt_hf.asking.loading import load_pipeline
 
@@ -305,6 +326,38 @@ def _answer(pipeline, question: str, args) -> None:
         text = json.dumps({"video": args.video, "question": question, **result}, ensure_ascii=False)
     if text is not None:
         print(text, flush=True)
+
+
+def _explain(args) -> None:
+    _check_video(args.video)
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")  # pictures go into files; there may be no screen
+        from linvt_hf.explain.pictures import explain_to_folder
+    except ImportError as error:
+        raise ImportError(f"Pictures need more packages ({error}): pip install 'linvt_hf[explain]'.") from error
+    from linvt_hf.asking.loading import load_pipeline
+
+    _say(f"loading {args.model}")
+    pipeline = load_pipeline(args.model, device=args.device, dtype=args.dtype, quantize=args.quantize, base=args.base)
+    _say(f"reading {args.video}")
+    explanations = explain_to_folder(
+        pipeline,
+        args.video,
+        args.questions,
+        args.out,
+        num_frames=args.num_frames,
+        fps=args.fps,
+        importance=args.importance,
+        max_new_tokens=args.max_new_tokens,
+        do_sample=False,
+    )
+    for number, explanation in enumerate(explanations, 1):
+        frame = explanation.heaviest(1)[0]
+        when = f"frame {frame}" if explanation.times is None else f"{explanation.times[frame]:.1f} s"
+        share = 100 * explanation.frames()[frame]
+        print(f"{args.out / str(number)}: {explanation.question} {explanation.answer} ({share:.0f} % from {when})")
 
 
 def _batch(args) -> None:
@@ -426,6 +479,11 @@ def _compare(args) -> None:
     from linvt_hf.evaluation.scores import read_answers
 
     print(comparison_table(compare_runs(read_answers(args.first), read_answers(args.second))))
+
+
+def _check_video(video: str) -> None:
+    if "://" not in video and not Path(video).exists():
+        raise ValueError(f"There is no video at {video}.")
 
 
 def _say(what: str) -> None:

@@ -17,6 +17,7 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .chat_templates import videos_of, with_videos
 from .encoded_video import EncodedVideo, PixelStream
+from .video_explanation import Explanation, explain
 from .video_reading import is_one_video
 
 _SAMPLING = ("num_frames", "fps")
@@ -164,6 +165,17 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         if isinstance(inputs, Iterator):  # of these, the base class knows generators alone
             inputs = (each for each in inputs)
         return super().__call__(inputs, **kwargs)
+
+    def explain(self, video: Any, question: str, **kwargs) -> Explanation:
+        """
+        Which moments and places of a video the answer to a question was read from.
+
+        Args:
+            answer: what is explained; by default what the model answers.
+            importance: "uniform", or "gradient": weigh tokens by how much the answer depends on them.
+            num_frames, fps: as in a call. kwargs: for `generate`.
+        """
+        return explain(self, video, question, **kwargs)
 
     # ---- one input ----
 
