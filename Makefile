@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test shapes shapes-results shapes-bases ship quality style fuzz conformance clean
+.PHONY: help install demo test shapes shapes-results shapes-bases pictures ship quality style fuzz conformance clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,12 @@ shapes-results: install  ## train and compare LinVT and simpler ways from three 
 shapes-bases: install  ## train each of the six image-LLMs small, and compare a few ways on each, for many hours
 	test -e build/shapes/data/video-train.jsonl || $(RUN) -m linvt_hf.shapes data build/shapes/data
 	$(RUN) -m linvt_hf.shapes bases benchmarks/shapes-bases
+
+pictures: install  ## remake docs/pictures: what the small model's answers were read from, and whether that is true
+	$(VENV)/bin/linvt explain examples/linvt-shapes examples/linvt-shapes/example.mp4 \
+		"What shape flashes up?" "Which way does the yellow cross move?" --out docs/pictures
+	$(RUN) -m linvt_hf.explain.faithfulness examples/linvt-shapes \
+		--json benchmarks/faithfulness.json --figure docs/pictures/faithfulness.png
 
 ship: install  ## examples/linvt-shapes with the code as it is now; MODEL=build/shapes/model puts that model there
 	$(RUN) -m linvt_hf.shapes ship examples/linvt-shapes $(if $(MODEL),--model $(MODEL))

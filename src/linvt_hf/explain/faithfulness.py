@@ -92,11 +92,11 @@ def right_without(pipeline, asked: Asked, kept: list[list[int]]) -> list[bool]:
     return (logits.argmax(dim=-1) == right).tolist()
 
 
-def orders(explanation: Explanation, generator: torch.Generator) -> dict[str, list[int]]:
+def orders(explanation: Explanation, seed: int) -> dict[str, list[int]]:
     """All frames, in the order in which they are removed."""
     count = len(explanation.frames())
     heaviest = explanation.heaviest(count)
-    random = torch.randperm(count, generator=generator).tolist()
+    random = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return dict(zip(ORDERS, (heaviest, random, heaviest[::-1]), strict=True))
 
 
@@ -142,14 +142,13 @@ def points(explanation: Explanation, thing: Thing) -> dict[str, float]:
 
 def measure(pipeline, asked: list[Asked]) -> dict:
     """Shares of right answers by importance, order and number of frames removed; pointing by importance and kind."""
-    generator = torch.Generator().manual_seed(0)
     right: dict[tuple, list[bool]] = defaultdict(list)
     pointed: dict[tuple, list[dict]] = defaultdict(list)
-    for one in asked:
+    for number, one in enumerate(asked):
         jobs = []
         for importance in IMPORTANCE:
             explanation = pipeline.explain(one.video, one.question, answer=one.answer, importance=importance)
-            for order, frames in orders(explanation, generator).items():
+            for order, frames in orders(explanation, seed=number).items():
                 jobs += [(importance, order, count, sorted(frames[count:])) for count in REMOVED]
             if one.thing is not None:
                 pointed[importance, "a flash" if one.thing.is_brief else "another thing"].append(
@@ -207,7 +206,7 @@ def figure(result: dict, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()

@@ -23,7 +23,7 @@ from ..video_reading import Clip
 COLOURS = colormaps["cividis"]
 _BY = {
     "uniform": "every token alike",
-    "gradient": "each token by how much the answer depends on it (gradient × token of its log-probability)",
+    "gradient": "tokens weighed by gradient × token",
 }
 
 
