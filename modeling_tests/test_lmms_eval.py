@@ -105,6 +105,9 @@ def ran(home):
     def say(task, doc_id, question, answer, split="test"):
         line = {"task": task, "split": split, "doc_id": doc_id, "question": question, "videos": []}
         line |= {"frame_times": [], "answer": answer, "error": None, "log_likelihoods": None}
+        made_with = {"pretrained": str(MODEL), "dtype": "auto", "num_frames": 16, "do_sample": False}
+        ours = task == "msvd_qa"
+        line["made_with"] = made_with | ({"max_new_tokens": 32} if ours else {"max_new_tokens": 16, "num_beams": 1})
         lines.append(json.dumps(line) + "\n")
 
     for doc, answer in MVBENCH.items():
@@ -348,6 +351,9 @@ def test_a_run_that_was_stopped_goes_on(task, tmp_path):
     record.write_text(json.dumps(changed) + "\n" + lines[1][:30])  # killed here
     again = loaded(asked, record=record).generate_until(asked.requests())
     assert again == ["from the record", answers[1]]
+    # Nothing of a run with other settings, or without an answer.
+    record.write_text(json.dumps(changed) + "\n")
+    assert loaded(asked, record=record, num_frames=8).generate_until(asked.requests())[0] != "from the record"
     failed = {**changed, "answer": "", "error": "no memory"}
     record.write_text(json.dumps(failed) + "\n")
     assert loaded(asked, record=record).generate_until(asked.requests()) == answers

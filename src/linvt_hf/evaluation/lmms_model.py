@@ -71,9 +71,9 @@ class LinVT(lmms):
             greatest "likelihood".
         system_prompt: a text, or a file that holds it.
         record: JSONL file that gets a line for each answer, when it is there: task, split, doc_id, question, videos,
-            frame_times (seconds of the frames that were seen), answer, error, log_likelihoods. What it holds already,
-            of a run that was stopped, is not asked again, unless it had no answer. With several processes each writes
-            a file of its own, RECORD.0, RECORD.1, ..., and reads all of them.
+            frame_times (seconds of the frames that were seen), answer, error, log_likelihoods, made_with (the model
+            and settings). What it holds already, made with the same, is not asked again, unless it had no answer.
+            With several processes each writes a file of its own, RECORD.0, RECORD.1, ..., and reads all of them.
     """
 
     is_simple = False
@@ -110,6 +110,7 @@ class LinVT(lmms):
         if device in (None, "cuda") and torch.cuda.is_available():
             device = f"cuda:{self.accelerator.local_process_index}"
         self.pipeline = load_pipeline(pretrained, device=device, dtype=dtype, quantize=quantize, base=base)
+        self.loaded = {"pretrained": str(pretrained), "base": base, "dtype": dtype, "quantize": quantize}
         self.batch_size = int(batch_size)
         self.sampling = {"num_frames": num_frames, "fps": fps}
         self.max_new_tokens = max_new_tokens
@@ -180,7 +181,8 @@ class LinVT(lmms):
         groups = defaultdict(list)
         answers: dict[int, Answer] = {}
         for number, each in enumerate(asked):
-            if line := self.known.get((each.task, each.split, each.doc_id, each.words())):
+            line = self.known.get((each.task, each.split, each.doc_id, each.words()))
+            if line is not None and line["made_with"] == self._made_with(each):
                 answers[number] = Answer(line["answer"], log_likelihoods=line["log_likelihoods"])
             else:
                 groups[json.dumps([each.settings, bool(each.choices)]), each.fault is None].append(number)
@@ -201,6 +203,13 @@ class LinVT(lmms):
         progress.close()
         return [answers[number] for number in range(len(asked))]
 
+    def _made_with(self, asked: _Asked) -> dict:
+        """All that an answer depends on beside the question, as JSON holds it."""
+        made_with = {**self.loaded, "system_prompt": self.system_prompt, **asked.settings}
+        return {name: value for name, value in made_with.items() if value is not None} | (
+            {"choices": list(asked.choices)} if asked.choices else {}
+        )
+
     def _note(self, asked: _Asked, answer: Answer) -> None:
         if answer.error is not None:
             tqdm.write(f"linvt: {asked.task} {asked.doc_id} has no answer: {answer.error}")
@@ -215,6 +224,7 @@ class LinVT(lmms):
                 "answer": answer.text,
                 "error": answer.error,
                 "log_likelihoods": answer.log_likelihoods,
+                "made_with": self._made_with(asked),
             }
             with self.record.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
