@@ -7,6 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import parse_eval_result_entries
 
+from linvt_hf.cli import _parser
 from linvt_hf.evaluation import run as run_module
 from linvt_hf.evaluation.judge import Verdict
 from linvt_hf.evaluation.report import (
@@ -251,3 +252,23 @@ def test_a_question_without_options_is_asked_and_counted():
     doc = {"question": "Which?", "options": [], "answer": 1, "video": "v.mp4"}
     assert question(doc) == "Which?"
     assert choice(doc, ["B"]) == {"accuracy": 0.0, "parsed": None}
+
+
+def test_what_follows_goes_to_lmms_eval():
+    command = [
+        "eval",
+        "m",
+        "--tasks",
+        "a,b",
+        "--output",
+        "o",
+        "--limit",
+        "3",
+        "--lmms-eval",
+        "--force_simple",
+        "--seed",
+        "1",
+    ]
+    args = _parser().parse_args(command)
+    assert (args.tasks, args.limit, args.extra) == ("a,b", 3, ["--force_simple", "--seed", "1"])
+    assert _parser().parse_args(command[:6]).extra == []

@@ -300,9 +300,11 @@ def test_letters_by_likelihood(task):
 
 def test_options_by_likelihood(task):
     """As lmms-eval wants them: the least is the best."""
+    from lmms_eval.api.instance import unwrap_generation_output
+
     model = loaded(task, simple=True)
     task = Task(task.docs[:2])
-    losses = model.loglikelihood(task.options())
+    losses = [unwrap_generation_output(pair)[0] for pair in model.loglikelihood(task.options())]
     assert len(losses) == 5 and all(greedy is None for _, greedy in losses)
     assert min(range(3), key=lambda n: losses[n][0]) == 0  # circle
     assert losses[4][0] < losses[3][0]  # down

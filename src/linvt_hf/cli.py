@@ -189,7 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--judge", metavar="URL", help="OpenAI-compatible API that judges open answers")
     evaluate.add_argument("--judge-model", metavar="NAME", help="the judge's name there; its key is OPENAI_API_KEY")
     evaluate.add_argument("--compare", action="store_true", help="print published figures beside the scores")
-    evaluate.add_argument("extra", nargs="*", help="after --: further arguments for lmms_eval")
+    evaluate.add_argument(
+        "--lmms-eval", dest="extra", nargs=argparse.REMAINDER, default=[], help="all that follows goes to lmms_eval"
+    )
     evaluate.set_defaults(run=_eval)
 
     compare = commands.add_parser("compare", help="whether two runs of linvt eval differ, on the same questions")

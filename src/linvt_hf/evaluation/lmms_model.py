@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages, ChatVideoContent
 from tqdm import tqdm
@@ -229,7 +229,7 @@ class LinVT(lmms):
             with self.record.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, None]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         raise NotImplementedError(
             "lmms-eval asks chat models for texts only; --force_simple makes it ask for likelihoods of options."
         )
@@ -250,8 +250,11 @@ class LinVTSimple(LinVT):
         context, settings, doc_to_visual, doc_id, task, split = request.args
         return self._chat(task, split, doc_id, lambda doc: _one_turn(doc_to_visual(doc), context), settings)
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, None]]:
-        """Whether an option is what the model would say of itself, lmms-eval's second value, is not told."""
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """
+        A pair for each: the loss, and None for lmms-eval's second value, whether it is what the model would say of
+        itself. In a wrapper: lmms-eval 0.7.3 makes a text of a bare pair.
+        """
         options: dict[tuple, list[str]] = defaultdict(list)
         asked: dict[tuple, _Asked] = {}
         places = []
@@ -270,7 +273,8 @@ class LinVTSimple(LinVT):
         ]
         answers = dict(zip(asked, self._answers(with_options), strict=True))
         worst = -float("inf")  # of the options of a question without an answer
-        return [(-(answers[key].log_likelihoods or {}).get(option, worst), None) for key, option in places]
+        losses = (-(answers[key].log_likelihoods or {}).get(option, worst) for key, option in places)
+        return [GenerationResult(text=(loss, None)) for loss in losses]
 
 
 def read_record(record: str | Path) -> list[dict]:
