@@ -33,6 +33,9 @@ OPTIONS = ["a red ball", "the dark red ball", "Nothing.", "He opens the door", "
         ("First I thought the answer is A, but the answer is C.", "C"),
         ("I choose option E because of its colour", "E"),
         ("The best choice is A", "A"),
+        ("The answer is A because it is red", "A"),
+        ("Answer: A man walks", None),
+        ("The answer is not A, it is B", None),
         ("The answer is a red ball", "A"),  # an article, and the option's text
         ("The answer is a blue one", "E"),
         # in brackets

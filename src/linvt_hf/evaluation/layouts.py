@@ -90,10 +90,9 @@ def _open_questions(folder: Path, video_name: Callable[[dict], str]) -> list[dic
         if (right := answers.get(row["question_id"])) is None:
             raise ValueError(f"{file} asks {row['question_id']}, to which test_a.json has no answer.")
         name = str(row["video_name"])
-        name = name if name in videos.paths else f"v_{name}"  # ActivityNet's files
-        name = name if name in videos.paths else str(row["video_name"])
+        known = f"v_{name}" if f"v_{name}" in videos.paths else name  # ActivityNet's files
         kind = str(right.get("type", ""))
-        records.append(_open(row["question_id"], videos[name], row["question"], right["answer"], kind))
+        records.append(_open(row["question_id"], videos[known], row["question"], right["answer"], kind))
     return records
 
 

@@ -14,7 +14,7 @@ LETTERS = string.ascii_uppercase
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _ARTICLES = {"a", "an", "the"}
 # "the answer is (B)", "Option B", "I choose b": what comes right after such a word is meant as a letter.
-_NAMED = r"\b(?:answer|option|choice|choose|select|pick)\b(?:\s+(?:is|would be|must be|should be|option))*\s*[:=]?\s*"
+_NAMED = r"(?i:\b(?:answer|option|choice|choose|select|pick)\b(?:\s+(?:is|would be|must be|should be|option))*)"
 
 
 def choice_in(text: str, options: Sequence[str]) -> int | None:
@@ -44,8 +44,7 @@ def choice_in(text: str, options: Sequence[str]) -> int | None:
         return known.index(match[1].upper())
     if match := re.match(rf"(?:[(\[]\s*{letter}\s*[)\]]|{letter}\s*[.:)](?=\s|\**\s|$))", plain):
         return known.index((match[1] or match[2]).upper())
-    # Not the article of "the answer is a dog".
-    if named := re.findall(rf"{_NAMED}\**[(\[]?(?!a\s+\w){letter}\b(?!['’])", plain, flags=re.IGNORECASE):
+    if named := _named(plain, letter):
         return known.index(named[-1].upper())
     if found := {each.upper() for each in re.findall(rf"[(\[]{letter}[)\]]", plain)}:
         return known.index(found.pop()) if len(found) == 1 else None
@@ -56,6 +55,13 @@ def choice_in(text: str, options: Sequence[str]) -> int | None:
         alone.discard("A")
     alone.discard("I")
     return known.index(alone.pop()) if len(alone) == 1 else None
+
+
+def _named(text: str, letter: str) -> list[str]:
+    named = re.finditer(rf"{_NAMED}(\s*[:=]\s*|\s+)\**[(\[]?{letter}\b(?!['’])(\s+\w)?", text)
+    found = [match.groups() for match in named]
+    # Not the article of "the answer is a dog" or "Answer: A dog"; but the letter of "the answer is A because ...".
+    return [said for before, said, word in found if not (word and (said == "a" or (said == "A" and before.strip())))]
 
 
 def _options_in(text: str, options: Sequence[str]) -> set[int]:
