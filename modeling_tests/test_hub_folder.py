@@ -53,6 +53,8 @@ for round in ("model", "again"):
     answers += pipe([{"video": str(folder / "v.mp4"), "question": q} for q in ("Who?", "What moves?")],
                     batch_size=2, max_new_tokens=5, do_sample=False)
     assert answers[0] == answers[2] == expected["answer"], answers
+    found = pipe.explain(str(folder / "v.mp4"), "What moves?", max_new_tokens=3, do_sample=False)
+    assert found.weights.shape[0] == model.config.num_video_tokens and abs(float(found.frames().sum()) - 1) < 1e-4
     if round == "model":
         model.save_pretrained(folder / "again", processor=processor)
 question = {"type": "text", "text": "Who?"}

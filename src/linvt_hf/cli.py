@@ -199,6 +199,19 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("second", metavar="SECOND", type=Path, help="another")
     compare.set_defaults(run=_compare)
 
+    publish = commands.add_parser(
+        "publish",
+        help="check a model's folder as a stranger will find it, and upload it to the Hub",
+        description="Checks a folder: no pickles, secrets or paths of a machine, a card with its metadata, all the "
+        "code it needs, and an answer about a video in a fresh process without this package. Then uploads it.",
+    )
+    publish.add_argument("folder", metavar="FOLDER", type=Path, help="a whole model, or adapters from training")
+    publish.add_argument("repo", metavar="REPO", help="owner/name on the Hub")
+    publish.add_argument("--dry-run", action="store_true", help="only check, and show what would be uploaded")
+    publish.add_argument("--private", action="store_true", help="if the repo is new, let nobody else see it")
+    publish.add_argument("--message", help="of the commit")
+    publish.set_defaults(run=_publish)
+
     merge = commands.add_parser("merge", help="make one whole model of adapters and their base")
     merge.add_argument("adapter", metavar="ADAPTER", help="what training wrote: a folder or a Hub id")
     merge.add_argument("out", metavar="OUT", type=Path, help="folder to write")
@@ -429,6 +442,26 @@ def _train(args) -> None:
         print(run.summary())
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def _publish(args) -> None:
+    from linvt_hf.publishing.publish import check_folder, publish
+
+    if args.repo.count("/") != 1:
+        raise ValueError(f"REPO is {args.repo}; on the Hub it is owner/name.")
+    _say(f"checking {args.folder}")
+    report = check_folder(args.folder, say=_say)
+    for name, size in report.files.items():
+        print(f"{size:>14,}  {name}")
+    print(f"{sum(report.files.values()):>14,}  bytes in {len(report.files)} files for {args.repo}")
+    if report.problems:
+        print("\n".join(report.problems))
+        raise ValueError(f"{args.folder} is not fit to be published: {len(report.problems)} problems, named above.")
+    print(f"Asked about a video, it answers: {report.answer}")
+    if args.dry_run:
+        print("Nothing was uploaded, since this is a dry run.")
+    else:
+        print(publish(args.folder, args.repo, private=args.private, message=args.message))
 
 
 def _merge(args) -> None:
