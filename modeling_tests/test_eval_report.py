@@ -1,5 +1,6 @@
 """What is made of a run's answers: scores, verdicts, tables, files for the Hub, and comparisons."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -163,9 +164,9 @@ def test_published_figures_stand_beside_ours():
 
 
 def test_every_published_task_is_one_that_can_be_run():
-    lmms = pytest.importorskip("lmms_eval.tasks", reason="make install brings lmms-eval")
     ours = {path.stem for path in TASKS.glob("*.yaml")}
-    theirs = Path(lmms.__file__).parent
+    # Not imported: lmms-eval's tasks let Pillow take broken images for whole ones, in all of a process.
+    theirs = Path(importlib.util.find_spec("lmms_eval").submodule_search_locations[0]) / "tasks"
     for task in {figure.task for figure in published()} - ours:
         found = [path for path in theirs.rglob("*.yaml") if f": {task}\n" in path.read_text().replace('"', "")]
         assert found, task

@@ -17,7 +17,7 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .chat_templates import videos_of, with_videos
 from .encoded_video import EncodedVideo, PixelStream
-from .video_explanation import Explanation, explain
+from .explanation import Explanation, explain
 from .video_reading import is_one_video
 
 _SAMPLING = ("num_frames", "fps")

@@ -6,7 +6,7 @@ Whether explanations are true, on the test videos of `shapes`, of which everythi
 Deletion: without the frames that weigh most, fewer questions should be answered right than without as many random
 ones, and without the lightest nearly as many as with all. Read from its end, the curve of the lightest is insertion:
 the video made of the heaviest frames alone. Pointing: the heaviest frame and place should be where that is which the
-question is about.
+question is about. What is explained is the right answer, whatever the model says.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..asking.loading import load_pipeline
 from ..evaluation.layouts import read_records
+from ..explanation import Explanation
 from ..shapes.world import CANVAS, Scene, Thing, make_scene
-from ..video_explanation import Explanation
 
 IMPORTANCE = ("uniform", "gradient")
 ORDERS = ("heaviest", "random", "lightest")

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..video_explanation import Explanation
+from ..explanation import Explanation
 from ..video_reading import Clip
 
 COLOURS = colormaps["cividis"]
