@@ -98,7 +98,7 @@ def test_what_lies_in_the_folder(tmp_path):
     model, processor = wrapped("mipha")
     model.save_pretrained(tmp_path, processor=processor)
     package = Path(__file__).parent.parent / "src" / "linvt_hf"
-    travelling = {path.name for path in package.glob("*.py")} - {"__init__.py", "cli.py"}
+    travelling = {path.name for path in package.glob("*.py")} - {"__init__.py"}
     assert {path.name for path in tmp_path.glob("*.py")} == travelling
     assert not list(tmp_path.glob("*.bin")) + list(tmp_path.glob("*.pt")) + list(tmp_path.glob("*.pkl"))
     config = json.loads((tmp_path / "config.json").read_text())

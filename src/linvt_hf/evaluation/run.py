@@ -20,15 +20,12 @@ from pathlib import Path
 import torch
 
 from ..asking.settings_file import keep_settings
+from . import MISSING
 from .judge import Judge, Verdict, judged
 from .report import table, write_eval_results
 from .scores import ANSWERS, Answered, Score, read_answers, read_run, results_file, score_tasks, write_answers
 
 TASKS = Path(__file__).parent / "tasks"
-MISSING = (
-    "Evaluation needs more packages ({}): pip install 'linvt_hf[eval]', and lmms-eval by itself, "
-    "pip install --no-deps 'lmms-eval>=0.7.3'."
-)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,42 @@
+"""What several commands have in common: the model, where it goes, and what is said meanwhile."""
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model answers, and where and how it is loaded: what `load` reads."""
+    parser.add_argument("model", metavar="MODEL", help="LinVT model, or adapters from training: a Hub id or a folder")
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1, ..., or auto for all there is; by default a GPU if there is one"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="type of the weights: auto (as stored), bfloat16, float16, float32"
+    )
+    parser.add_argument("--quantize", choices=["4bit", "8bit"], help="the image-LLM's weights, by bitsandbytes")
+    parser.add_argument("--base", help="the base of adapters, if it is not where they say")
+
+
+def load(args):
+    """A pipeline with the model."""
+    say(f"loading {args.model}")
+    from linvt_hf.asking.loading import load_pipeline  # torch and transformers take seconds; `--help` should not
+
+    return load_pipeline(args.model, device=args.device, dtype=args.dtype, quantize=args.quantize, base=args.base)
+
+
+def settings_of(args, kind: type):
+    """A dataclass of settings, of the arguments that bear its fields' names."""
+    given = {field.name: getattr(args, field.name) for field in fields(kind)}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def check_video(video: str) -> None:
+    if "://" not in video and not Path(video).exists():
+        raise ValueError(f"There is no video at {video}.")
+
+
+def say(what: str) -> None:
+    print(f"linvt: {what} ...", file=sys.stderr, flush=True)
