@@ -97,8 +97,8 @@ def broken(whole: list[bytes], seed: int) -> bytes:
 
 
 def read_all(folder: Path, first: int, step: int, last: int) -> None:
+    from linvt_hf.video_limits import Limits
     from linvt_hf.video_reading import VideoReadError, read_video
-    from linvt_hf.video_sources import Limits
 
     warnings.simplefilter("ignore")
     whole = [file.read_bytes() for file in sorted(folder.glob("*.original"))]

@@ -5,7 +5,9 @@ import http.server
 import io
 import os
 import re
+import socket
 import threading
+import time
 
 import numpy as np
 import PIL.Image
@@ -17,8 +19,10 @@ av = pytest.importorskip("av", reason="reading video files needs PyAV")
 from fuzz_video import fuzz  # noqa: E402
 from video_files import frame_index, moving_square, write_video  # noqa: E402
 
+from linvt_hf.video_http import HttpFile, is_public  # noqa: E402
+from linvt_hf.video_limits import Limits  # noqa: E402
 from linvt_hf.video_reading import VideoReadError, read_video  # noqa: E402
-from linvt_hf.video_sources import HttpFile, Limits, has_times  # noqa: E402
+from linvt_hf.video_sources import has_times  # noqa: E402
 
 FRAMES = moving_square(40)
 
@@ -55,6 +59,9 @@ def server(mp4):
                 self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
+            for byte in data if settings.get("slowly") else ():
+                self.wfile.write(bytes([byte]))
+                time.sleep(settings["slowly"])
             self.wfile.write(data[: settings.get("breaks_after", len(data))])
 
         def log_message(self, *args):
@@ -133,6 +140,82 @@ def test_a_connection_that_breaks_is_taken_up(server):
 
 def test_redirects_between_pages(server, mp4):
     assert len(read_video(server(location="/there.mp4"), num_frames=3).frames) == 3
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("127.0.0.1", False),
+        ("0.0.0.0", False),
+        ("10.1.2.3", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:8.8.8.8", True),
+        ("2002:7f00:1::", False),
+        ("64:ff9b::a00:1", False),
+        ("64:ff9b::808:808", True),
+    ],
+)
+def test_public_addresses(address, public):
+    assert is_public(address) == public
+
+
+def test_a_strangers_url_reaches_no_private_address(server, monkeypatch):
+    strict = Limits(private_addresses=False)
+    url = server()
+    monkeypatch.setenv("http_proxy", url)  # which would ask in our stead
+    port = url.split(":")[2].split("/")[0]
+    for host in ("127.0.0.1", "localhost", "2130706433", "0177.0.0.1", "[::ffff:127.0.0.1]"):
+        with pytest.raises(VideoReadError, match="is at a private address"):
+            read_video(f"http://{host}:{port}/clip.mp4", limits=strict)
+    with pytest.raises(VideoReadError, match="is at a private address"):
+        read_video("https://127.0.0.1/clip.mp4", limits=strict)
+    assert not server.asked
+
+
+def test_the_address_that_was_checked_is_the_one_that_is_asked(server, mp4, monkeypatch):
+    """As a public server would be: its name is looked up once, and a redirect to a private address is refused."""
+    url, looked_up, here = server(), [], socket.create_connection
+    port = url.split(":")[2].split("/")[0]
+
+    def look_up(host, asked_port, *args, **kwargs):
+        looked_up.append(host)
+        address = {"videos.example": "8.8.8.8"}.get(host, "127.0.0.1")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, asked_port))]
+
+    def connect(address, *args):
+        assert address == ("8.8.8.8", int(port))
+        monkeypatch.setattr(socket, "getaddrinfo", real)
+        try:
+            return here(("127.0.0.1", int(port)), *args)
+        finally:
+            monkeypatch.setattr(socket, "getaddrinfo", look_up)
+
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    strict = Limits(private_addresses=False)
+    clip = read_video(f"http://videos.example:{port}/clip.mp4", num_frames=3, limits=strict)
+    assert torch.equal(clip.frames, read_video(mp4, num_frames=3).frames) and set(looked_up) == {"videos.example"}
+    server_that_sends_on = server(location=f"http://localhost:{port}/there.mp4")
+    port = server_that_sends_on.split(":")[2].split("/")[0]
+    with pytest.raises(VideoReadError, match="is at a private address"):
+        read_video(f"http://videos.example:{port}/clip.mp4", limits=strict)
+
+
+def test_a_server_that_sends_a_byte_now_and_then(server):
+    url = server(parts=False, slowly=0.05)
+    began = time.monotonic()
+    with pytest.raises(VideoReadError, match="took longer to fetch than limits.seconds=0.3"):
+        read_video(url, limits=Limits(seconds=0.3, answer_seconds=5))
+    assert time.monotonic() - began < 3
 
 
 def test_a_url_that_is_none_keeps_its_secret():

@@ -19,8 +19,8 @@ from video_files import moving_square, relisted, write_video  # noqa: E402
 
 from linvt_hf import EncodedVideo, VideoQuestionAnsweringPipeline, video_decoding  # noqa: E402
 from linvt_hf.video_chunks import Chunks  # noqa: E402
+from linvt_hf.video_limits import Limits  # noqa: E402
 from linvt_hf.video_reading import VideoReadError, read_video, stream_video  # noqa: E402
-from linvt_hf.video_sources import Limits  # noqa: E402
 
 COUNT = 90
 FRAMES = moving_square(COUNT)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .video_index import VideoReadError, import_av
-from .video_sources import Deadline, Limits
+from .video_limits import Deadline, Limits
 
 # Chunks that are decoded ahead of the one that is looked at (ours).
 _AHEAD = 2

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 
 from .video_chunks import check_count, check_size
 from .video_index import VideoReadError
+from .video_limits import Deadline, Limits
 from .video_sampling import Sampling
-from .video_sources import IMAGE_SUFFIXES, Deadline, Limits, locate
+from .video_sources import IMAGE_SUFFIXES, locate
 
 # What Pillow raises for a file that is broken, or says it is so large that reading it would fill the memory.
 BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, PIL.Image.DecompressionBombError)

@@ -16,6 +16,7 @@ import torch
 
 from .video_decoding import VideoFile
 from .video_index import VideoIndex, VideoReadError
+from .video_limits import Limits
 from .video_pictures import (
     Parts,
     Whole,
@@ -29,7 +30,7 @@ from .video_pictures import (
     split,
 )
 from .video_sampling import Sampling
-from .video_sources import Limits, located
+from .video_sources import located
 
 logger = logging.getLogger(__name__)
 

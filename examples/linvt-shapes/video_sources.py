@@ -4,69 +4,22 @@ import base64
 import binascii
 import contextlib
 import glob
-import http.client
 import io
 import os
 import re
-import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
+from .video_http import BLOCK, HttpFile
 from .video_index import VideoReadError
+from .video_limits import Limits
 
 # In a list or folder, files with these endings are the frames of one video. GIF is not among them: a list of GIFs is
 # several.
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-_BLOCK, _MOST = 2**18, 2**23  # bytes asked of a server at a time, at first and at most
-_KEPT = 2**26  # bytes of a server's answers that are kept
-
-
-@dataclass(frozen=True)
-class Limits:
-    """
-    What reading one video may take; all are ours, and None lifts a limit.
-
-    frame_pixels: pixels of a frame.
-    frames: frames that are returned.
-    download_bytes: bytes fetched from a server, or held by a `data:` URL.
-    seconds: from the beginning of the reading to its end.
-    answer_seconds: that a server may keep silent.
-    """
-
-    frame_pixels: int | None = 2**26
-    frames: int | None = 10_000
-    download_bytes: int | None = 2**32
-    seconds: float | None = 3600
-    answer_seconds: float | None = 30
-
-
-class Deadline:
-    """When a reading must have come to its end."""
-
-    def __init__(self, name: str, limits: Limits):
-        self.name, self.seconds = name, limits.seconds
-        self.end = None if limits.seconds is None else time.monotonic() + limits.seconds
-
-    def check(self) -> None:
-        """Raises `VideoReadError` once it has passed."""
-        if self.end is not None and time.monotonic() > self.end:
-            raise VideoReadError(f"{self.name} took longer to read than limits.seconds={self.seconds}; raise it.")
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Does not count what happens meanwhile."""
-        end, self.end, began = self.end, None, time.monotonic()
-        try:
-            yield
-        finally:
-            self.end = None if end is None else end + time.monotonic() - began
 
 
 def locate(source: Any, limits: Limits) -> tuple[Any, str]:
@@ -112,7 +65,7 @@ def _locate_path(source: str | Path, limits: Limits) -> tuple[Any, str]:
     kind = (scheme[1] or scheme[2]).lower() if scheme else None
     if kind in ("http", "https"):
         name = repr(path.split("?")[0])  # a signed URL's query is not for logs
-        return io.BufferedReader(HttpFile(path, name, limits), _BLOCK), name
+        return io.BufferedReader(HttpFile(path, name, limits), BLOCK), name
     if kind == "data":
         return _of_data_url(path, limits)
     if kind == "file":
@@ -159,146 +112,4 @@ def _of_data_url(url: str, limits: Limits) -> tuple[bytes, str]:
     return data, name
 
 
-# ---- files of a server ----
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Only to where a caller could have pointed: a server must not make us open a local file."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        if urlsplit(newurl).scheme.lower() not in ("http", "https"):
-            raise VideoReadError(f"the server redirects to {newurl[:100]!r}, which is not http or https.")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    opener = urllib.request.OpenerDirector()  # without urllib's handlers of files, ftp and data
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor,
-        _Redirects,
-    ):
-        opener.add_handler(handler())
-    return opener
-
-
-class HttpFile(io.RawIOBase):
-    """
-    A server's file, of which only what is read is fetched; all of it, to a temporary file, where the server gives no
-    parts. Counts against `limits.download_bytes`.
-    """
-
-    def __init__(self, url: str, name: str, limits: Limits):
-        super().__init__()
-        self.url, self.name, self.limits = url, name, limits
-        self.fetched = self.at = 0
-        self.blocks: dict[int, bytes] = {}  # by where they begin, the oldest first
-        self.whole: Any = None
-        self._opener, self._next, self._size = _opener(), 0, _BLOCK
-        with self._request(0, _BLOCK) as answer:
-            total = re.fullmatch(r"bytes 0-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-            if answer.status == 206 and total:
-                self.length = int(total[1])
-                self._keep(0, self._take(answer, _BLOCK))
-            else:
-                self.whole = tempfile.TemporaryFile()  # noqa: SIM115  closed with this file
-                while piece := self._take(answer, _MOST):
-                    self.whole.write(piece)
-                self.length = self.whole.tell()
-                promised = answer.headers.get("Content-Length", "")
-                if promised.isdigit() and self.length < int(promised):
-                    self.whole.close()
-                    raise VideoReadError(
-                        f"{name} cannot be fetched: the connection broke after {self.length} of {promised} bytes."
-                    )
-        if not self.length:
-            raise VideoReadError(f"{name} is empty (0 bytes).")
-
-    def _request(self, start: int, count: int) -> http.client.HTTPResponse:
-        request = urllib.request.Request(self.url, headers={"Range": f"bytes={start}-{start + count - 1}"})
-        try:
-            return self._opener.open(request, timeout=self.limits.answer_seconds)
-        except urllib.error.HTTPError as error:
-            raise VideoReadError(
-                f"{self.name} cannot be fetched: the server says {error.code} {error.reason}."
-            ) from error
-        except VideoReadError as error:
-            raise VideoReadError(f"{self.name} cannot be fetched: {error}") from error
-        except http.client.InvalidURL as error:  # which would repeat the whole of it
-            raise VideoReadError(f"{self.name} cannot be fetched: it is no valid URL.") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise VideoReadError(f"{self.name} cannot be fetched: {getattr(error, 'reason', error)}.") from error
-
-    def _take(self, answer: http.client.HTTPResponse, count: int) -> bytes:
-        try:
-            data = answer.read(count)
-        except (OSError, http.client.HTTPException) as error:
-            raise VideoReadError(f"{self.name} cannot be fetched: the connection broke ({error}).") from error
-        self.fetched += len(data)
-        if self.limits.download_bytes is not None and self.fetched > self.limits.download_bytes:
-            raise VideoReadError(
-                f"{self.name} took more than limits.download_bytes={self.limits.download_bytes} to fetch; raise it."
-            )
-        return data
-
-    def _keep(self, start: int, data: bytes) -> None:
-        self.blocks[start] = data
-        while len(self.blocks) > 1 and sum(map(len, self.blocks.values())) > _KEPT:
-            del self.blocks[next(iter(self.blocks))]
-
-    def _block(self) -> tuple[int, bytes]:
-        """A piece of the file that holds the place where reading goes on."""
-        for start, data in self.blocks.items():
-            if start <= self.at < start + len(data):
-                return start, data
-        # Who reads on gets more at a time.
-        self._size = min(2 * self._size, _MOST) if self.at == self._next else _BLOCK
-        with self._request(self.at, self._size) as answer:
-            if answer.status != 206:
-                raise VideoReadError(
-                    f"{self.name} cannot be fetched: the server gave parts of it, and now gives none."
-                )
-            data = self._take(answer, self._size)
-        if not data:
-            raise VideoReadError(f"{self.name} cannot be fetched: the server sent nothing.")
-        self._keep(self.at, data)
-        self._next = self.at + len(data)
-        return self.at, data
-
-    def readinto(self, buffer) -> int:
-        if self.at >= self.length:
-            return 0
-        if self.whole is not None:
-            self.whole.seek(self.at)
-            count = self.whole.readinto(buffer)
-        else:
-            start, data = self._block()
-            piece = data[self.at - start : self.at - start + len(buffer)]
-            count = len(piece)
-            buffer[:count] = piece
-        self.at += count
-        return count
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = max(offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.length}[whence], 0)
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        if self.whole is not None:
-            self.whole.close()
-        super().close()
-
-
-__all__ = ["Deadline", "HttpFile", "IMAGE_SUFFIXES", "Limits", "has_times", "images_of", "locate", "located"]
+__all__ = ["IMAGE_SUFFIXES", "has_times", "images_of", "locate", "located"]

@@ -21,7 +21,7 @@ import torch
 
 from .video_chunks import Chunks, Misled, check_count, check_size
 from .video_index import VideoIndex, VideoReadError, import_av, list_frames, list_packets, list_table
-from .video_sources import Deadline, Limits
+from .video_limits import Deadline, Limits
 from .video_tables import missing_bytes
 
 # What libav may open: formats that hold their frames themselves. Playlists and their like open other files, and hosts.
