@@ -24,7 +24,7 @@ demo: install  ## ask the small model three questions of its video, in a process
 	$(RUN) examples/demo.py
 
 test: install  ## the tests, on CPU
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 shapes: install  ## train a small model from nothing on generated videos, into build/shapes/model
 	$(RUN) -m linvt_hf.shapes data build/shapes/data

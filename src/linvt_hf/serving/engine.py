@@ -1,0 +1,267 @@
+"""One model that many ask at once: questions wait in a line, and are answered some at a time, word by word."""
+
+import logging
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from transformers import StoppingCriteriaList
+
+from ..chat_templates import blocks_of, videos_of, with_videos
+from ..encoded_video import EncodedVideo, PixelStream, as_encoded
+from ..pipeline_linvt import VideoQuestionAnsweringPipeline
+from ..video_limits import Limits
+from .questions import Asked, Busy, End, Failure, Listener, Piece, Question
+from .rows import Row, Rows
+
+logger = logging.getLogger(__name__)
+_STOPPED = "The engine was stopped before the whole answer came."
+
+
+class Engine:
+    """
+    A model in a thread of its own, which alone touches it.
+
+    Questions of the same sampling are answered together, at most `batch_size`; what is asked meanwhile waits. A video
+    that cannot be read, or a prompt that cannot be made, costs no other question its answer, and a batch that does not
+    fit into memory is answered by halves.
+
+    Args:
+        batch_size: questions that are answered at a time (ours: 8).
+        max_waiting: questions that may wait; one more is refused with `Busy` (ours: 64).
+        cache_bytes: of encoded videos that are remembered, where the model is (ours: 1 GiB).
+    """
+
+    def __init__(
+        self,
+        pipeline: VideoQuestionAnsweringPipeline,
+        *,
+        batch_size: int = 8,
+        max_waiting: int = 64,
+        cache_bytes: int = 2**30,
+    ):
+        self.pipeline, self.batch_size, self.max_waiting = pipeline, batch_size, max_waiting
+        self._cache, self._cache_bytes = OrderedDict[tuple, EncodedVideo](), cache_bytes
+        self._line: deque[Asked] = deque()
+        self._works: deque[tuple[Callable, Future]] = deque()
+        self._change, self._closing, self._give_up = threading.Condition(), False, False
+        self.answering = 0
+        self._thread = threading.Thread(target=self._run, name="linvt-engine", daemon=True)
+        self._thread.start()
+
+    # ---- for those who ask, from any thread ----
+
+    def ask(self, question: Question, listener: Listener) -> Asked:
+        """Puts a question in line. The listener is called from the engine's thread, and must not take long."""
+        asked = Asked(question, listener)
+        with self._change:
+            self._must_be_open()
+            if len(self._line) >= self.max_waiting:
+                raise Busy(f"{len(self._line)} questions wait already, as many as may; ask again later.")
+            self._line.append(asked)
+            self._change.notify()
+        return asked
+
+    def stream(self, question: Question) -> Iterator[Piece | End]:
+        """The same, for a thread that waits; raises what went wrong."""
+        events: SimpleQueue[Piece | End | Failure] = SimpleQueue()
+        asked = self.ask(question, events.put)
+        try:
+            while True:
+                event = events.get()
+                if isinstance(event, Failure):
+                    raise event.error
+                yield event
+                if isinstance(event, End):
+                    return
+        finally:
+            asked.cancel()
+
+    def run(self, work: Callable[[VideoQuestionAnsweringPipeline], Any]) -> Future:
+        """Something else to do with the model, between two batches."""
+        future: Future = Future()
+        with self._change:
+            self._must_be_open()
+            self._works.append((work, future))
+            self._change.notify()
+        return future
+
+    def encode(self, video: Any, *, key: Any, num_frames: int | None = None, fps: float | None = None) -> EncodedVideo:
+        """A video, encoded now or remembered; for `run`, whose thread alone may call this."""
+        name = (key, num_frames, fps)
+        if (known := self._cache.get(name)) is None:
+            stream = self._open(video, num_frames, fps, Limits())
+            known = self.pipeline.model.encode_video(stream)
+            self._remember(name, known)
+        return known
+
+    @property
+    def waiting(self) -> int:
+        return len(self._line)
+
+    @property
+    def alive(self) -> bool:
+        """Whether questions are taken and answered."""
+        return self._thread.is_alive() and not self._closing
+
+    def close(self, seconds: float = 30.0) -> None:
+        """Takes no more questions, and ends once all are answered; those that are not by then are told so."""
+        with self._change:
+            self._closing = True
+            self._change.notify()
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._give_up = True
+            self._thread.join()
+
+    def _must_be_open(self) -> None:
+        if not self.alive:
+            raise RuntimeError("The engine is closed, and takes no more questions.")
+
+    # ---- its thread ----
+
+    def _run(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._line or self._works or self._closing)
+                work = self._works.popleft() if self._works else None
+                batch = [] if work else self._take()
+                if not work and not batch and self._closing and not self._line:
+                    return
+                self.answering = len(batch)
+            if work is not None:
+                _do(*work, self.pipeline)
+            elif batch:
+                try:
+                    self._answer(batch)
+                except Exception as error:  # our mistake: these questions are lost, and no others
+                    logger.exception("a batch failed")
+                    for asked in batch:
+                        asked.tell(Failure(error))
+                self.answering = 0
+
+    def _take(self) -> list[Asked]:
+        """The first in line, and those behind it that are answered alike."""
+        batch, others = [], deque()
+        alike = None
+        while self._line and len(batch) < self.batch_size:
+            asked = self._line.popleft()
+            if self._give_up:
+                asked.tell(Failure(RuntimeError(_STOPPED)))
+            if not asked.check():
+                continue
+            question = asked.question
+            mine = (question.sampling(), question.seed)
+            if alike is None or (alike == mine and question.seed is None):
+                alike = mine
+                batch.append(asked)
+            else:
+                others.append(asked)
+            if question.seed is not None and len(batch) == 1 and batch[0] is asked:
+                break
+        others.extend(self._line)
+        self._line = others
+        return batch
+
+    def _answer(self, batch: list[Asked]) -> None:
+        samples = []
+        with ThreadPoolExecutor(len(batch), thread_name_prefix="linvt-opening") as pool:
+            for asked, opened in [(asked, pool.submit(self._opened, asked.question)) for asked in batch]:
+                try:
+                    samples.append(self._sample(asked, opened.result()))
+                except (ValueError, OSError, torch.OutOfMemoryError) as error:
+                    samples.append(None)
+                    asked.tell(Failure(error))
+        ready = [(asked, sample) for asked, sample in zip(batch, samples, strict=True) if sample and asked.check()]
+        self._generate(ready)
+
+    def _opened(self, question: Question) -> list[tuple[tuple | None, PixelStream | EncodedVideo]]:
+        """A question's videos, begun to be read or remembered, each with what it is remembered by."""
+        blocks = [block for message in question.messages for block in blocks_of(message, "video")]
+        opened = []
+        for block, video in zip(blocks, videos_of(question.messages), strict=True):
+            name = (block["key"], question.num_frames, question.fps) if "key" in block else None
+            known = self._cache.get(name) or as_encoded(video)
+            opened.append((name, known or self._open(video, question.num_frames, question.fps, question.limits)))
+        return opened
+
+    def _open(self, video: Any, num_frames: int | None, fps: float | None, limits: Limits) -> PixelStream:
+        chunk = self.pipeline.model.config.frames_per_chunk
+        reading = {"limits": limits}
+        return self.pipeline.processor.stream(
+            video, num_frames=num_frames, fps=fps, chunk_size=chunk, videos_kwargs=reading
+        )
+
+    def _sample(self, asked: Asked, videos: list[tuple[tuple | None, PixelStream | EncodedVideo]]) -> dict[str, Any]:
+        """A question as the model takes it, its videos encoded."""
+        encoded = []
+        for name, video in videos:
+            if name in self._cache:  # another question of the batch may have encoded it meanwhile
+                self._cache.move_to_end(name)
+                if isinstance(video, PixelStream):
+                    video.close()
+                encoded.append(self._cache[name])
+            else:
+                encoded.append(self.pipeline.model.encode_video(video))
+                if name is not None:
+                    self._remember(name, encoded[-1])
+        sample = self.pipeline._features(with_videos(asked.question.messages, iter(encoded)))
+        asked.prompt_tokens = sample["input_ids"].shape[1]
+        context = getattr(self.pipeline.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and asked.prompt_tokens + asked.question.max_new_tokens > context:
+            raise ValueError(
+                f"The prompt takes {asked.prompt_tokens} tokens and the answer may take "
+                f"{asked.question.max_new_tokens}, which is more than the {context} that the model reads; ask for less."
+            )
+        asked.frame_times = tuple(None if video.times is None else video.times.tolist() for video in encoded)
+        return self.pipeline._ensure_tensor_on_device(sample, self.pipeline.device)
+
+    def _remember(self, name: tuple, video: EncodedVideo) -> None:
+        self._cache[name] = video
+        while sum(each.nbytes for each in self._cache.values()) > self._cache_bytes:
+            self._cache.popitem(last=False)
+
+    @torch.no_grad()
+    def _generate(self, ready: list[tuple[Asked, dict]]) -> None:
+        if not ready:
+            return
+        model, processor = self.pipeline.model, self.pipeline.processor
+        question = ready[0][0].question
+        ends = model.generation_config.eos_token_id
+        rows = Rows([Row(asked, processor.tokenizer, ends) for asked, _ in ready], lambda: self._give_up)
+        if question.seed is not None:
+            torch.manual_seed(question.seed)
+        try:
+            model.generate(
+                **processor.collate([sample for _, sample in ready]),
+                **question.sampling(),
+                max_new_tokens=max(asked.question.max_new_tokens for asked, _ in ready),
+                streamer=rows,
+                stopping_criteria=StoppingCriteriaList([rows]),
+            )
+        except (ValueError, torch.OutOfMemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError) and len(ready) > 1 and not rows.begun:
+                torch.cuda.empty_cache()
+                half = (len(ready) + 1) // 2
+                self._generate(ready[:half])
+                self._generate(ready[half:])
+                return
+            for asked, _ in ready:
+                asked.tell(Failure(error))
+        for row in rows.rows:  # none, but where the engine gave up or the model has a limit of its own
+            if self._give_up:
+                row.asked.tell(Failure(RuntimeError(_STOPPED)))
+            row.end("length")
+
+
+def _do(work: Callable, future: Future, pipeline: VideoQuestionAnsweringPipeline) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(work(pipeline))
+    except Exception as error:
+        future.set_exception(error)
