@@ -56,7 +56,6 @@ def test_an_answer_word_by_word(engine, expected):
     assert said(pieces) == expected[ASKED[0]]
     assert isinstance(end, End) and end.reason == "stop" and 1 < end.new_tokens < 20
     assert end.prompt_tokens > engine.pipeline.model.config.num_video_tokens
-    assert len(end.frame_times[0]) == 16 and end.frame_times[0][0] == 0
 
 
 def test_many_at_once_and_none_mixed_up(engine, expected, tmp_path):
@@ -194,7 +193,7 @@ def test_a_batch_that_does_not_fit_is_answered_by_halves(engine, expected, monke
 
 
 def test_a_prompt_that_is_too_long_is_said_to_be(engine):
-    with pytest.raises(ValueError, match="more than the .* that the model reads"):
+    with pytest.raises(ValueError, match="the model reads .* in all"):
         list(engine.stream(question(max_new_tokens=10**6)))
     with pytest.raises(ValueError, match="A question has no words"):
         list(engine.stream(question(" ")))

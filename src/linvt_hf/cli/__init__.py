@@ -4,7 +4,7 @@ import argparse
 import sys
 import traceback
 
-from . import asking, making, measuring, training
+from . import asking, making, measuring, serving, training
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +31,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="linvt", description="Video for image-LLMs, with LinVT.")
     parser.set_defaults(running=False)  # whether a run has begun, which a mistake in the command no longer explains
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (making, training, asking, measuring):
+    for group in (making, training, asking, serving, measuring):
         group.add_commands(commands)
     return parser

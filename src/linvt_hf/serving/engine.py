@@ -211,13 +211,13 @@ class Engine:
                     self._remember(name, encoded[-1])
         sample = self.pipeline._features(with_videos(asked.question.messages, iter(encoded)))
         asked.prompt_tokens = sample["input_ids"].shape[1]
-        context = getattr(self.pipeline.model.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None and asked.prompt_tokens + asked.question.max_new_tokens > context:
+        most, text = asked.question.max_new_tokens, self.pipeline.model.config.get_text_config()
+        context = getattr(text, "max_position_embeddings", None)
+        if context is not None and asked.prompt_tokens + most > context:
             raise ValueError(
-                f"The prompt takes {asked.prompt_tokens} tokens and the answer may take "
-                f"{asked.question.max_new_tokens}, which is more than the {context} that the model reads; ask for less."
+                f"The prompt takes {asked.prompt_tokens} tokens and the answer may take {most}; the model reads "
+                f"{context} in all. Ask for less."
             )
-        asked.frame_times = tuple(None if video.times is None else video.times.tolist() for video in encoded)
         return self.pipeline._ensure_tensor_on_device(sample, self.pipeline.device)
 
     def _remember(self, name: tuple, video: EncodedVideo) -> None:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..video_limits import Limits
 
@@ -29,13 +29,11 @@ class End:
 
     reason: "stop", where the model or a stop text ended it, or "length", where `max_new_tokens` did.
     prompt_tokens: of the prompt, each video's video tokens among them. new_tokens: of the answer.
-    frame_times: of each video the seconds of the frames that were seen; None where nobody knows them.
     """
 
-    reason: str
+    reason: Literal["stop", "length"]
     prompt_tokens: int
     new_tokens: int
-    frame_times: tuple[list[float] | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,6 @@ class Asked:
         self._end = None if seconds is None else time.monotonic() + seconds
         self.over = False  # nothing more is said of it
         self.prompt_tokens = 0
-        self.frame_times: tuple[list[float] | None, ...] = ()
 
     def cancel(self) -> None:
         self.over = True

@@ -1,6 +1,7 @@
 """The rows of a batch while they are generated: each is told its words, and ends by rules of its own."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -80,11 +81,11 @@ class Row:
         elif self._count >= self.asked.question.max_new_tokens:
             self.end("length")
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: Literal["stop", "length"]) -> None:
         """Nothing, if it has ended already."""
         if rest := self._text.end():
             self.asked.tell(Piece(rest))
-        self.asked.tell(End(reason, self.asked.prompt_tokens, self._count, self.asked.frame_times))
+        self.asked.tell(End(reason, self.asked.prompt_tokens, self._count))
 
 
 class Rows(BaseStreamer, StoppingCriteria):
