@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test shapes shapes-results shapes-bases pictures ship quality style fuzz conformance clean
+.PHONY: help install demo test shapes shapes-results shapes-bases pictures space space-folder ship quality style fuzz conformance clean
 
 help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,15 @@ pictures: install  ## remake docs/pictures: what the small model's answers were 
 		"What shape flashes up?" "Which way does the yellow cross move?" --out docs/pictures
 	$(RUN) -m linvt_hf.explain.faithfulness examples/linvt-shapes \
 		--json benchmarks/faithfulness.json --figure docs/pictures/faithfulness.png
+
+space: install  ## a page in the browser: ask the small model about videos, see what its answers were read from
+	$(RUN) examples/space/app.py
+
+SPACE ?= build/space
+space-folder:  ## that page as a Hub Space, complete, in build/space
+	rm -rf $(SPACE) && mkdir -p $(SPACE)
+	cp examples/space/* $(SPACE) && cp -r src/linvt_hf $(SPACE)/linvt_hf && cp -r examples/linvt-shapes $(SPACE)
+	find $(SPACE) -name __pycache__ -prune -exec rm -r {} +
 
 ship: install  ## examples/linvt-shapes with the code as it is now; MODEL=build/shapes/model puts that model there
 	$(RUN) -m linvt_hf.shapes ship examples/linvt-shapes $(if $(MODEL),--model $(MODEL))

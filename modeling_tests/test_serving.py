@@ -338,7 +338,7 @@ def test_fifty_at_once(start, pipeline, tmp_path):
 def test_as_a_program(answer):
     """It starts, answers, and stops when it is told to, an answer that has begun first."""
     command = [sys.executable, "-m", "linvt_hf.cli", "serve", str(MODEL), "--port", "0", "--name", "shapes"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
         said = ""
         while "serving shapes" not in said:
