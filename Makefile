@@ -42,11 +42,12 @@ shapes-bases: install  ## train each of the six image-LLMs small, and compare a 
 	test -e build/shapes/data/video-train.jsonl || $(RUN) -m linvt_hf.shapes data build/shapes/data
 	$(RUN) -m linvt_hf.shapes bases benchmarks/shapes-bases
 
-pictures: install  ## remake docs/pictures: what the small model's answers were read from, and whether that is true
+pictures: install  ## remake docs/pictures: what the small model's answers were read from, if that is true, and the page
 	$(VENV)/bin/linvt explain examples/linvt-shapes examples/linvt-shapes/example.mp4 \
 		"What shape flashes up?" "Which way does the yellow cross move?" --out docs/pictures
 	$(RUN) -m linvt_hf.explain.faithfulness examples/linvt-shapes \
 		--json benchmarks/faithfulness.json --figure docs/pictures/faithfulness.png
+	LINVT_SCREENSHOT=docs/pictures/page.png $(RUN) -m pytest modeling_tests/test_space.py -k see_and_ask_again
 
 space: install  ## a page in the browser: ask the small model about videos, see what its answers were read from
 	$(RUN) examples/space/app.py

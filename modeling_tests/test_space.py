@@ -122,8 +122,10 @@ def test_ask_read_see_and_ask_again(visit, tmp_path):
     ask(page, "What shape flashes up?")
     answered(page, 0, "circle")
     first = pictures(page)
-    page.screenshot(path=tmp_path / "page.png", full_page=True)
-    with Image.open(tmp_path / "page.png") as shot:  # something is drawn: cividis's yellow, for the heaviest moment
+    shown = os.environ.get("LINVT_SCREENSHOT") or tmp_path / "page.png"
+    page.wait_for_timeout(500)
+    page.screenshot(path=shown, full_page=True)
+    with Image.open(shown) as shot:  # something is drawn: cividis's yellow, for the heaviest moment
         off = np.abs(np.asarray(shot.convert("RGB"), dtype=int) - (253, 231, 55)).sum(axis=-1)
         assert (off < 60).sum() > 500
     ask(page, "Which way does the yellow cross move?")
