@@ -104,10 +104,6 @@ def refused(client, messages, **settings):
     return caught.value.status_code, caught.value.body["message"]
 
 
-def folders():
-    return set(Path(tempfile.gettempdir()).glob("linvt-request-*"))
-
-
 def test_an_answer_whole_and_in_pieces(client, answer):
     messages = chat(data_url(VIDEO.read_bytes()))
     whole = create(client, messages)
@@ -287,8 +283,8 @@ def test_who_waits_too_long(start):
     )
 
 
-def test_who_goes_away_takes_nothing_along(start, answer):
-    before = folders()
+def test_who_goes_away_takes_nothing_along(start, answer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     port, engine = start()
     hold = threading.Event()
     engine.run(lambda pipeline: hold.wait())
@@ -302,10 +298,10 @@ def test_who_goes_away_takes_nothing_along(start, answer):
         time.sleep(0.05)
     hold.set()
     assert create(client_of(port), chat(data_url(VIDEO.read_bytes()))).choices[0].message.content == answer
-    assert folders() == before and ask(port, "GET", "/health")[1]["requests"] == 0
+    assert not any(tmp_path.iterdir()) and ask(port, "GET", "/health")[1]["requests"] == 0
 
 
-def test_fifty_at_once(start, pipeline, tmp_path):
+def test_fifty_at_once(start, pipeline, tmp_path, monkeypatch):
     """Of several videos, some of which are broken, whole and in pieces: every one gets its own answer."""
     (questions, *_) = [file for file in write_split(tmp_path, "video", "test", 6) if "captions" not in file.name]
     requests = []
@@ -316,8 +312,10 @@ def test_fifty_at_once(start, pipeline, tmp_path):
     assert len({data for data, *_ in requests}) == 6 and len({expected for *_, expected in requests}) > 5
     broken = [(b"no video", WORDS, None), (VIDEO.read_bytes()[:3000], WORDS, None)] * 2
     requests = (requests * 50)[: 50 - len(broken)] + broken
-    before, (port, engine) = folders(), start()
-    client = client_of(port)
+    port, engine = start()
+    client, folders = client_of(port), tmp_path / "folders"
+    folders.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folders))
 
     def one(number):
         data, words, expected = requests[number]
@@ -332,7 +330,7 @@ def test_fifty_at_once(start, pipeline, tmp_path):
     with ThreadPoolExecutor(50) as pool:
         results = list(pool.map(one, range(50)))
     assert Counter(expected == said for expected, said in results) == {True: 50}
-    assert folders() == before and (engine.waiting, engine.answering) == (0, 0)
+    assert not any(folders.iterdir()) and (engine.waiting, engine.answering) == (0, 0)
 
 
 def test_as_a_program(answer):

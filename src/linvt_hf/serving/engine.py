@@ -49,6 +49,7 @@ class Engine:
         self._line: deque[Asked] = deque()
         self._works: deque[tuple[Callable, Future]] = deque()
         self._change, self._closing, self._give_up = threading.Condition(), False, False
+        self._opening = ThreadPoolExecutor(batch_size, thread_name_prefix="linvt-opening")
         self.answering = 0
         self._thread = threading.Thread(target=self._run, name="linvt-engine", daemon=True)
         self._thread.start()
@@ -131,6 +132,7 @@ class Engine:
                 work = self._works.popleft() if self._works else None
                 batch = [] if work else self._take()
                 if not work and not batch and self._closing and not self._line:
+                    self._opening.shutdown(wait=False)
                     return
                 self.answering = len(batch)
             if work is not None:
@@ -168,25 +170,31 @@ class Engine:
         return batch
 
     def _answer(self, batch: list[Asked]) -> None:
-        samples = []
-        with ThreadPoolExecutor(len(batch), thread_name_prefix="linvt-opening") as pool:
-            for asked, opened in [(asked, pool.submit(self._opened, asked.question)) for asked in batch]:
-                try:
-                    samples.append(self._sample(asked, opened.result()))
-                except (ValueError, OSError, torch.OutOfMemoryError) as error:
-                    samples.append(None)
-                    asked.tell(Failure(error))
-        ready = [(asked, sample) for asked, sample in zip(batch, samples, strict=True) if sample and asked.check()]
-        self._generate(ready)
+        ready = []
+        for asked, opening in [(asked, self._opening.submit(self._opened, asked.question)) for asked in batch]:
+            videos: list[tuple[tuple | None, PixelStream | EncodedVideo]] = []
+            try:
+                videos = opening.result()
+                if asked.check():
+                    ready.append((asked, self._sample(asked, videos)))
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:
+                asked.tell(Failure(error))
+            finally:
+                _close(videos)
+        self._generate([(asked, sample) for asked, sample in ready if asked.check()])
 
     def _opened(self, question: Question) -> list[tuple[tuple | None, PixelStream | EncodedVideo]]:
         """A question's videos, begun to be read or remembered, each with what it is remembered by."""
         blocks = [block for message in question.messages for block in blocks_of(message, "video")]
-        opened = []
-        for block, video in zip(blocks, videos_of(question.messages), strict=True):
-            name = (block["key"], question.num_frames, question.fps) if "key" in block else None
-            known = self._cache.get(name) or as_encoded(video)
-            opened.append((name, known or self._open(video, question.num_frames, question.fps, question.limits)))
+        opened: list[tuple[tuple | None, PixelStream | EncodedVideo]] = []
+        try:
+            for block, video in zip(blocks, videos_of(question.messages), strict=True):
+                name = (block["key"], question.num_frames, question.fps) if "key" in block else None
+                known = self._cache.get(name) or as_encoded(video)
+                opened.append((name, known or self._open(video, question.num_frames, question.fps, question.limits)))
+        except BaseException:
+            _close(opened)
+            raise
         return opened
 
     def _open(self, video: Any, num_frames: int | None, fps: float | None, limits: Limits) -> PixelStream:
@@ -202,8 +210,6 @@ class Engine:
         for name, video in videos:
             if name in self._cache:  # another question of the batch may have encoded it meanwhile
                 self._cache.move_to_end(name)
-                if isinstance(video, PixelStream):
-                    video.close()
                 encoded.append(self._cache[name])
             else:
                 encoded.append(self.pipeline.model.encode_video(video))
@@ -256,6 +262,12 @@ class Engine:
             if self._give_up:
                 row.asked.tell(Failure(RuntimeError(_STOPPED)))
             row.end("length")
+
+
+def _close(videos: list[tuple[tuple | None, PixelStream | EncodedVideo]]) -> None:
+    for _, video in videos:
+        if isinstance(video, PixelStream):
+            video.close()
 
 
 def _do(work: Callable, future: Future, pipeline: VideoQuestionAnsweringPipeline) -> None:
