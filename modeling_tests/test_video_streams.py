@@ -301,8 +301,18 @@ def test_of_a_long_video_so_much_is_stored(files, tmp_path):
         for source in (video, EncodedVideo.load(tmp_path / "long.safetensors"))
     )
     assert torch.equal(one, other)
-    features = model.get_video_features(encoded_videos=[video])
+    features = model.get_video_features(encoded_videos=[video], output_weights=True)
     assert features.scores[0].isfinite().sum() == 40 and features.scores[0].shape == (30, video.tokens.places)
+    (weights,), (averaged,) = features.weights, features.dropped_weights
+    assert weights.shape[1:] == (30, video.tokens.places) and (weights > 0).any(dim=0).sum() <= 40
+    torch.testing.assert_close(weights.sum(dim=(1, 2)) + averaged.sum(dim=1), torch.ones(len(weights)))
+    picked = weights.flatten(1)[:, video.tokens.index[0]]
+    tokens = picked @ video.tokens.values[0] + averaged @ video.tokens.dropped.values[0]
+    torch.testing.assert_close(features.pooler_output[0], tokens, atol=1e-4, rtol=1e-4)
+    pipe = VideoQuestionAnsweringPipeline(model=model, processor=processor, device="cpu")
+    found = pipe.explain(video, "Who?", answer="him")
+    torch.testing.assert_close(found.heat().sum() + found.heat_averaged().sum(), torch.tensor(1.0))
+    assert found.heat_averaged(token=3).shape == found.averaged[3].shape and found.heat_averaged().sum() > 0
 
 
 def test_a_video_is_encoded_once(files, tmp_path, monkeypatch):

@@ -1014,10 +1014,13 @@ def test_what_is_stored_of_a_long_video(room):
         mean, weight = stored.dropped.values[0, number], stored.dropped.log_weight[0, number].exp()
         assert 0 < weight < len(among)
         assert (mean >= among.amin(dim=0) - 1e-5).all() and (mean <= among.amax(dim=0) + 1e-5).all()
-    out = model.condense(stored, question())
+    out = model.condense(stored, question(), output_weights=True)
     assert out.video_tokens.isfinite().all() and out.scores.shape == (1, room)
-    with pytest.raises(ValueError, match=f"only {room} are stored; raise config.num_stored_tokens"):
-        model.condense(stored, output_weights=True)
+    # W says what each stored token weighs, and what the averages of the others do.
+    assert out.weights.shape == (1, 8, room) and out.dropped_weights.shape == (1, 8, 4)
+    assert min(out.weights.min(), out.dropped_weights.min()) >= 0 and out.dropped_weights.max() > 1e-3
+    close(out.weights.sum(-1) + out.dropped_weights.sum(-1), torch.ones(1, 8))
+    close(out.video_tokens, out.weights @ stored.values + out.dropped_weights @ stored.dropped.values)
     assert streamed(trained(**settings, **PLAIN), tokens).dropped is None
 
 

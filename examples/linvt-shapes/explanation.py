@@ -21,6 +21,7 @@ class Explanation:
     Of one question about one video.
 
     weights: W, [M, T, N] float32, non-negative, of sum 1 over T and N: what each place of each frame is to token m.
+        Of a video with more tokens than are stored, the others have 0 here, and their weight is in `averaged`.
     scores: [T, N] float32, the significance that the tokenizer gave each place before the selection, as logits.
     importance: [M] float32, non-negative, of sum 1: how much the answer depends on each token.
     importance_by: "uniform", every token alike, or "gradient": the size of gradient times token, summed over the
@@ -28,6 +29,8 @@ class Explanation:
     scales: [M], the kernel of the pooling that each token's query reads.
     grid: rows and columns of a frame's places, N = rows * columns.
     times: [T] seconds of the frames; None where nobody knows. duration: of the video, in seconds.
+    averaged: [M, R] float32, what the averages of tokens that are not stored weigh, one of each of R equal stretches
+        of time; None where all are stored.
     """
 
     question: str
@@ -40,12 +43,23 @@ class Explanation:
     grid: tuple[int, int]
     times: Tensor | None = None
     duration: float | None = None
+    averaged: Tensor | None = None
 
-    def heat(self, *, token: int | None = None, scale: int | None = None) -> Tensor:
+    def heat(self, **which: int) -> Tensor:
         """
-        How much each place of each frame weighs, [T, rows, columns] of sum 1: over all tokens by importance, over
-        those of one scale, or of one token alone.
+        How much each place of each frame weighs, [T, rows, columns] of sum 1, less what is `averaged`.
+
+        Args:
+            token, scale: of one token alone, or of those of one scale; by default over all tokens, by importance.
         """
+        return torch.einsum("m,mtn->tn", self._share(**which), self.weights).unflatten(1, self.grid)
+
+    def heat_averaged(self, **which: int) -> Tensor | None:
+        """The same of the averages of tokens that are not stored, [R]; None where all are."""
+        return None if self.averaged is None else self._share(**which) @ self.averaged
+
+    def _share(self, *, token: int | None = None, scale: int | None = None) -> Tensor:
+        """[M], of sum 1."""
         if token is not None and scale is not None:
             raise ValueError("Give token or scale, not both.")
         share = self.importance
@@ -59,11 +73,10 @@ class Explanation:
             share = share * (self.scales == scale)
         if share.sum() <= 0:  # no token of the scale matters to the answer: then all alike
             share = (self.scales == scale).float()
-        heat = torch.einsum("m,mtn->tn", share / share.sum(), self.weights)
-        return heat.unflatten(1, self.grid)
+        return share / share.sum()
 
     def frames(self, **which: int) -> Tensor:
-        """The same of whole frames, [T] of sum 1."""
+        """The same of whole frames, [T]."""
         return self.heat(**which).sum(dim=(1, 2))
 
     def heaviest(self, count: int = 5, **which: int) -> list[int]:
@@ -106,6 +119,7 @@ def explain(
     if importance == "gradient":
         share = _by_gradient(pipeline, features, tokens, answer)
     kernels = torch.tensor(model.config.pooling_scales).repeat_interleave(torch.tensor(model.config.queries_per_scale))
+    (averaged,) = found.dropped_weights
     return Explanation(
         question=question,
         answer=answer,
@@ -117,6 +131,7 @@ def explain(
         grid=tuple(encoded.grid),
         times=encoded.times,
         duration=encoded.duration,
+        averaged=None if averaged is None else averaged.float().cpu(),
     )
 
 

@@ -24,12 +24,15 @@ class VideoFeatures(ModelOutput):
     """
     pooler_output: [V, M, D], the tokens of each video.
     weights: for each video W, [M, T, N], whose rows weigh its frames' own tokens; only when asked for.
-    scores: for each video [T, N], the significance of its tokens as logits.
+    scores: for each video [T, N], the significance of its tokens as logits; -inf for those that are not stored.
+    dropped_weights: beside weights, for each video [M, R], what the averages of tokens that are not stored weigh, one
+        of each of R equal stretches of time; None where all are stored.
     """
 
     pooler_output: Tensor | None = None
     weights: list[Tensor] | None = None
     scores: list[Tensor] | None = None
+    dropped_weights: list[Tensor | None] | None = None
 
 
 class VideoMixin:
@@ -196,7 +199,8 @@ class VideoMixin:
         self, videos: list[EncodedVideo], text: Tensor | None, text_mask: Tensor | None, output_weights: bool
     ) -> VideoFeatures:
         """Encoded videos, one after another: they differ in length, and most of the work is done."""
-        tokenizer, rows = self.video_tokenizer, []
+        tokenizer = self.video_tokenizer
+        video_tokens, weights, scores, dropped_weights = [], [], [], []
         probe = tokenizer.scorer.probe()
         for number, video in enumerate(videos):
             if video.tokens.values.shape[2] != self.config.hidden_size:
@@ -216,13 +220,14 @@ class VideoMixin:
                 None if text is None or text_mask is None else text_mask[one].to(tokenizer.device),
                 output_weights,
             )
-            shape = (video.num_frames, video.tokens.places)
-            scores = out.scores.new_full(shape, -torch.inf).flatten()
-            scores[video.tokens.index[0].to(scores.device)] = out.scores[0]
-            weights = out.weights[0].unflatten(-1, shape) if output_weights else None
-            rows.append((out.video_tokens[0], weights, scores.view(shape)))
-        video_tokens, weights, scores = zip(*rows, strict=True)
-        return VideoFeatures(torch.stack(video_tokens), list(weights) if output_weights else None, list(scores))
+            video_tokens.append(out.video_tokens[0])
+            scores.append(_everywhere(out.scores[0], video, -torch.inf))
+            if output_weights:
+                weights.append(_everywhere(out.weights[0], video, 0.0))
+                dropped_weights.append(None if out.dropped_weights is None else out.dropped_weights[0])
+        if not output_weights:
+            return VideoFeatures(torch.stack(video_tokens), scores=scores)
+        return VideoFeatures(torch.stack(video_tokens), weights, scores, dropped_weights)
 
     @staticmethod
     def take_video_inputs(inputs: dict) -> dict:
@@ -257,6 +262,14 @@ class _Part:
         shapes = [{name: value.shape[1:] for name, value in part.inputs.items()} for part in parts]
         alike = all(shape == shapes[0] for shape in shapes)
         return alike and all(part.whole for part in parts) and sum(part.count for part in parts) <= most
+
+
+def _everywhere(stored: Tensor, video: EncodedVideo, fill: float) -> Tensor:
+    """Of a video's stored tokens [..., K] to all of its places, [..., T, N]."""
+    places = video.num_frames * video.tokens.places
+    whole = stored.new_full((*stored.shape[:-1], places), fill)
+    whole[..., video.tokens.index[0].to(stored.device)] = stored
+    return whole.unflatten(-1, (video.num_frames, video.tokens.places))
 
 
 def _difference(one: Tensor, other: Tensor) -> float:

@@ -36,12 +36,15 @@ class VideoTokenizerOutput(ModelOutput):
     """
     video_tokens: [B, M, D], what the LLM reads.
     weights: [B, M, T * N], W of `video_tokens == weights @ visual_tokens`; only when asked for.
+    dropped_weights: [B, M, R], what the averages of tokens that are not stored weigh, where there are any: then
+        `video_tokens == weights @ stored + dropped_weights @ averages`.
     scores: [B, T, N] float32, the significance that SSS gave each token, as a logit; meaningless in padding frames.
     """
 
     video_tokens: Tensor | None = None
     weights: Tensor | None = None
     scores: Tensor | None = None
+    dropped_weights: Tensor | None = None
 
 
 class LinVTPreTrainedModel(PreTrainedModel):
@@ -169,11 +172,6 @@ class LinearVideoTokenizer(LinVTPreTrainedModel):
         What `refine` gave, for a question; other arguments as in `forward`. Here `scores` are [B, K], and `weights`
         [B, M, K]: of the tokens that `tokens` holds.
         """
-        if output_weights and tokens.dropped is not None:
-            raise ValueError(
-                f"W says what every token weighs, and of this video only {tokens.values.shape[1]} are stored; raise "
-                "config.num_stored_tokens."
-            )
         batch, count, _ = tokens.values.shape
         text, text_mask = self.question(batch, text_embeds, text_mask)  # [B, 1 + L, d]
         features, scores = self.scorer(tokens.features, novelty(tokens.change, tokens.largest), text, text_mask)
@@ -193,12 +191,15 @@ class LinearVideoTokenizer(LinVTPreTrainedModel):
             video_tokens = video_tokens + averaged @ remainder.pool(
                 tokens.values, tokens.dropped and tokens.dropped.values
             )
+        weights = dropped_weights = None
         if output_weights:
             weights = _scatter(selected, index, count)
             if remainder is not None:
                 weights = weights + averaged @ remainder.share.to(weights.dtype)
+            if tokens.dropped is not None:
+                dropped_weights = averaged * remainder.dropped_share[:, None, :, 0].to(weights.dtype)
         return VideoTokenizerOutput(
-            video_tokens=video_tokens, weights=weights if output_weights else None, scores=scores
+            video_tokens=video_tokens, weights=weights, scores=scores, dropped_weights=dropped_weights
         )
 
 

@@ -89,6 +89,7 @@ def write_explanation(explanation: Explanation, folder: Path) -> None:
         "importance by": explanation.importance_by,
         "grid": list(explanation.grid),
         "duration": explanation.duration,
+        "averaged": None if explanation.averaged is None else explanation.heat_averaged().tolist(),
         "frames": [
             {"frame": number, "time": moment, "share": share}
             for number, (moment, share) in enumerate(zip(moments, shares, strict=True))
@@ -170,7 +171,10 @@ class Pictures:
         axis.spines[["top", "right"]].set_visible(False)
 
     def _title(self) -> str:
-        return f"{self.explanation.question}  →  {self.explanation.answer}\n{_BY[self.explanation.importance_by]}"
+        by = _BY[self.explanation.importance_by]
+        if (averaged := self.explanation.heat_averaged()) is not None:
+            by += f"; {100 * averaged.sum():.0f} % of all weight is of averages, and not shown"
+        return f"{self.explanation.question}  →  {self.explanation.answer}\n{by}"
 
     def heat_maps(self, count: int = 8) -> Figure:
         """The heaviest frames, in order, as they are and under their heat; with the scale of the colours."""
