@@ -56,8 +56,7 @@ class Page:
             raise refusal("Give a video first.")
         if not words.strip():
             raise refusal("Ask something about the video.")
-        key = check(video)
-        block = {"type": "video", "video": video, "key": key}
+        block = {"type": "video", "video": video, "key": check(video)}
         question = Question(
             [{"role": "user", "content": [block, {"type": "text", "text": words}]}],
             num_frames=frames,
@@ -74,20 +73,20 @@ class Page:
                 said += event.text if isinstance(event, Piece) else ""
                 yield [*history, {"role": "assistant", "content": said or "(nothing)"}], None, None
             history = [*history, {"role": "assistant", "content": said or "(nothing)"}]
-            yield history, *(self.pictures(video, key, words, said, frames) if said else (None, None))
+            yield history, *(self.pictures(video, question, words, said) if said else (None, None))
         except (ValueError, OSError, Busy) as error:
             raise refusal(str(error).replace(repr(video), "The video")) from error
 
-    def pictures(self, video: str, key: str, words: str, said: str, frames: int) -> tuple[Image.Image, Image.Image]:
+    def pictures(self, video: str, question: Question, words: str, said: str) -> tuple[Image.Image, Image.Image]:
         """Where the answer was read from: the timeline, and the heaviest frames."""
 
         def explain(pipeline):
-            encoded = self.engine.encode(video, key=key, num_frames=frames)
+            (encoded,) = self.engine.videos(question)
             return pipeline.explain(encoded, words, answer=said, importance="gradient")
 
         explanation = self.engine.run(explain).result()
         processor = self.engine.pipeline.processor
-        clip = processor._read(video, num_frames=frames, limits=LIMITS)
+        clip = processor._read(video, num_frames=question.num_frames, limits=LIMITS)
         with _drawing:
             drawn = Pictures(explanation, clip, seen_box(processor, *clip.frames.shape[1:3]))
             return picture(drawn.timeline()), picture(drawn.heat_maps(min(6, clip.num_frames)))

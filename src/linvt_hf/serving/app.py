@@ -5,6 +5,7 @@ import contextlib
 import hmac
 import json
 import logging
+import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
@@ -19,7 +20,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from ..video_limits import Limits
 from .engine import Engine
-from .media import Media, MediaRules, removed
+from .media import Media, MediaRules
 from .protocol import ApiError, ChatRequest, Reply, read_request, usage_of
 from .questions import Asked, Busy, End, Failure, Piece, Question
 
@@ -167,7 +168,7 @@ class _Exchange:
         if self._asked is not None:
             self._asked.cancel()
         self._server.requests -= 1
-        removed(self._folder)
+        shutil.rmtree(self._folder, ignore_errors=True)  # something may still be fetched into it
 
     async def response(self, request: Request) -> Response:
         try:

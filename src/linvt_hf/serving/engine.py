@@ -14,12 +14,15 @@ from transformers import StoppingCriteriaList
 from ..chat_templates import blocks_of, videos_of, with_videos
 from ..encoded_video import EncodedVideo, PixelStream, as_encoded
 from ..pipeline_linvt import VideoQuestionAnsweringPipeline
-from ..video_limits import Limits
 from .questions import Asked, Busy, End, Failure, Listener, Piece, Question
 from .rows import Row, Rows
 
 logger = logging.getLogger(__name__)
 _STOPPED = "The engine was stopped before the whole answer came."
+_FAULTS = (ValueError, OSError, torch.OutOfMemoryError)  # of a question; anything else is our mistake
+
+# A video of a question, and what it is remembered by.
+_Opened = tuple[tuple | None, PixelStream | EncodedVideo]
 
 
 class Engine:
@@ -62,6 +65,8 @@ class Engine:
         with self._change:
             self._must_be_open()
             if len(self._line) >= self.max_waiting:
+                self._line = deque(other for other in self._line if other.check())
+            if len(self._line) >= self.max_waiting:
                 raise Busy(f"{len(self._line)} questions wait already, as many as may; ask again later.")
             self._line.append(asked)
             self._change.notify()
@@ -91,14 +96,9 @@ class Engine:
             self._change.notify()
         return future
 
-    def encode(self, video: Any, *, key: Any, num_frames: int | None = None, fps: float | None = None) -> EncodedVideo:
-        """A video, encoded now or remembered; for `run`, whose thread alone may call this."""
-        name = (key, num_frames, fps)
-        if (known := self._cache.get(name)) is None:
-            stream = self._open(video, num_frames, fps, Limits())
-            known = self.pipeline.model.encode_video(stream)
-            self._remember(name, known)
-        return known
+    def videos(self, question: Question) -> list[EncodedVideo]:
+        """A question's videos, encoded now or remembered; for `run`, whose thread alone may call this."""
+        return self._encode(self._opened(question))
 
     @property
     def waiting(self) -> int:
@@ -140,82 +140,71 @@ class Engine:
             elif batch:
                 try:
                     self._answer(batch)
-                except Exception as error:  # our mistake: these questions are lost, and no others
-                    logger.exception("a batch failed")
+                except Exception as error:  # these questions are lost, and no others
                     for asked in batch:
-                        asked.tell(Failure(error))
+                        _fail(asked, error)
                 self.answering = 0
 
     def _take(self) -> list[Asked]:
         """The first in line, and those behind it that are answered alike."""
-        batch, others = [], deque()
-        alike = None
+        batch: list[Asked] = []
+        others: list[Asked] = []
         while self._line and len(batch) < self.batch_size:
             asked = self._line.popleft()
             if self._give_up:
                 asked.tell(Failure(RuntimeError(_STOPPED)))
-            if not asked.check():
-                continue
-            question = asked.question
-            mine = (question.sampling(), question.seed)
-            if alike is None or (alike == mine and question.seed is None):
-                alike = mine
-                batch.append(asked)
-            else:
-                others.append(asked)
-            if question.seed is not None and len(batch) == 1 and batch[0] is asked:
-                break
-        others.extend(self._line)
-        self._line = others
+            if asked.check():
+                fits = not batch or asked.question.is_sampled_like(batch[0].question)
+                (batch if fits else others).append(asked)
+        self._line.extendleft(reversed(others))
         return batch
 
     def _answer(self, batch: list[Asked]) -> None:
         ready = []
         for asked, opening in [(asked, self._opening.submit(self._opened, asked.question)) for asked in batch]:
-            videos: list[tuple[tuple | None, PixelStream | EncodedVideo]] = []
             try:
-                videos = opening.result()
-                if asked.check():
-                    ready.append((asked, self._sample(asked, videos)))
-            except (ValueError, OSError, torch.OutOfMemoryError) as error:
-                asked.tell(Failure(error))
-            finally:
-                _close(videos)
+                sample = self._sample(asked, self._encode(opening.result()))
+                ready.append((asked, sample))
+            except Exception as error:
+                _fail(asked, error)
         self._generate([(asked, sample) for asked, sample in ready if asked.check()])
 
-    def _opened(self, question: Question) -> list[tuple[tuple | None, PixelStream | EncodedVideo]]:
-        """A question's videos, begun to be read or remembered, each with what it is remembered by."""
+    def _opened(self, question: Question) -> list[_Opened]:
+        """A question's videos, begun to be read or remembered."""
+        sampling = {"num_frames": question.num_frames, "fps": question.fps}
+        chunk = self.pipeline.model.config.frames_per_chunk
         blocks = [block for message in question.messages for block in blocks_of(message, "video")]
-        opened: list[tuple[tuple | None, PixelStream | EncodedVideo]] = []
+        opened: list[_Opened] = []
         try:
             for block, video in zip(blocks, videos_of(question.messages), strict=True):
-                name = (block["key"], question.num_frames, question.fps) if "key" in block else None
+                name = (block["key"], *sampling.values()) if "key" in block else None
                 known = self._cache.get(name) or as_encoded(video)
-                opened.append((name, known or self._open(video, question.num_frames, question.fps, question.limits)))
+                if known is None:
+                    reading = {"limits": question.limits}
+                    known = self.pipeline.processor.stream(video, **sampling, chunk_size=chunk, videos_kwargs=reading)
+                opened.append((name, known))
         except BaseException:
             _close(opened)
             raise
         return opened
 
-    def _open(self, video: Any, num_frames: int | None, fps: float | None, limits: Limits) -> PixelStream:
-        chunk = self.pipeline.model.config.frames_per_chunk
-        reading = {"limits": limits}
-        return self.pipeline.processor.stream(
-            video, num_frames=num_frames, fps=fps, chunk_size=chunk, videos_kwargs=reading
-        )
-
-    def _sample(self, asked: Asked, videos: list[tuple[tuple | None, PixelStream | EncodedVideo]]) -> dict[str, Any]:
-        """A question as the model takes it, its videos encoded."""
+    def _encode(self, opened: list[_Opened]) -> list[EncodedVideo]:
         encoded = []
-        for name, video in videos:
-            if name in self._cache:  # another question of the batch may have encoded it meanwhile
-                self._cache.move_to_end(name)
-                encoded.append(self._cache[name])
-            else:
-                encoded.append(self.pipeline.model.encode_video(video))
-                if name is not None:
+        try:
+            for name, video in opened:
+                if name in self._cache:  # perhaps another question of the batch has encoded it meanwhile
+                    self._cache.move_to_end(name)
+                    encoded.append(self._cache[name])
+                else:
+                    encoded.append(self.pipeline.model.encode_video(video))
                     self._remember(name, encoded[-1])
-        sample = self.pipeline._features(with_videos(asked.question.messages, iter(encoded)))
+        finally:
+            _close(opened)
+        return encoded
+
+    def _sample(self, asked: Asked, videos: list[EncodedVideo]) -> dict[str, Any]:
+        """A question as the model takes it."""
+        sample = self.pipeline._features(with_videos(asked.question.messages, iter(videos)))
         asked.prompt_tokens = sample["input_ids"].shape[1]
         most, text = asked.question.max_new_tokens, self.pipeline.model.config.get_text_config()
         context = getattr(text, "max_position_embeddings", None)
@@ -226,7 +215,9 @@ class Engine:
             )
         return self.pipeline._ensure_tensor_on_device(sample, self.pipeline.device)
 
-    def _remember(self, name: tuple, video: EncodedVideo) -> None:
+    def _remember(self, name: tuple | None, video: EncodedVideo) -> None:
+        if name is None:
+            return
         self._cache[name] = video
         while sum(each.nbytes for each in self._cache.values()) > self._cache_bytes:
             self._cache.popitem(last=False)
@@ -249,23 +240,29 @@ class Engine:
                 streamer=rows,
                 stopping_criteria=StoppingCriteriaList([rows]),
             )
-        except (ValueError, torch.OutOfMemoryError) as error:
-            if isinstance(error, torch.OutOfMemoryError) and len(ready) > 1 and not rows.begun:
+        except Exception as error:  # too little memory for all, or one of them is to blame
+            if len(ready) > 1 and not rows.begun:
                 torch.cuda.empty_cache()
                 half = (len(ready) + 1) // 2
                 self._generate(ready[:half])
                 self._generate(ready[half:])
                 return
             for asked, _ in ready:
-                asked.tell(Failure(error))
+                _fail(asked, error)
         for row in rows.rows:  # none, but where the engine gave up or the model has a limit of its own
             if self._give_up:
                 row.asked.tell(Failure(RuntimeError(_STOPPED)))
             row.end("length")
 
 
-def _close(videos: list[tuple[tuple | None, PixelStream | EncodedVideo]]) -> None:
-    for _, video in videos:
+def _fail(asked: Asked, error: Exception) -> None:
+    if not isinstance(error, _FAULTS):
+        logger.error("a question failed", exc_info=error)
+    asked.tell(Failure(error))
+
+
+def _close(opened: list[_Opened]) -> None:
+    for _, video in opened:
         if isinstance(video, PixelStream):
             video.close()
 

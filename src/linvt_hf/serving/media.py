@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +46,7 @@ class Media:
 
     def chat(self, messages: list[Message]) -> list[dict]:
         """Messages as an engine takes them, with all that they show fetched. Raises `ApiError`."""
-        parts = [part for message in messages for part in message.content if not isinstance(part, str)]
+        parts = [part for message in messages if not isinstance(message.content, str) for part in message.content]
         if (count := sum(not isinstance(part, TextPart) for part in parts)) > self._rules.most:
             raise ApiError(400, f"The request has {count} videos and images, and {self._rules.most} are the most.")
         try:
@@ -122,8 +121,3 @@ class Media:
         if not path.is_relative_to(folder) or not path.is_file():
             raise ApiError(400, "A path must be of a file in the folder whose files this server opens.")
         return path
-
-
-def removed(folder: Path) -> None:
-    """A folder that may be in use still."""
-    shutil.rmtree(folder, ignore_errors=True)

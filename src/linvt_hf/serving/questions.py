@@ -72,8 +72,12 @@ class Question:
     seconds: float | None = None
     limits: Limits = field(default_factory=Limits)
 
+    def is_sampled_like(self, other: "Question") -> bool:
+        """Whether both can be answered in one batch."""
+        return self.sampling() == other.sampling() and self.seed is None and other.seed is None
+
     def sampling(self) -> dict[str, Any]:
-        """Arguments of `generate`, by which questions are answered together or not."""
+        """Arguments of `generate`."""
         if self.temperature == 0:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         given = {"temperature": self.temperature, "top_p": self.top_p}
