@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import hmac
 import json
-import logging
 import shutil
 import tempfile
 import time
@@ -23,8 +22,6 @@ from .engine import Engine
 from .media import Media, MediaRules
 from .protocol import ApiError, ChatRequest, Reply, read_request, usage_of
 from .questions import Asked, Busy, End, Failure, Piece, Question
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -176,6 +173,7 @@ class _Exchange:
         except asyncio.TimeoutError as error:
             raise ApiError(408, f"The request took longer than {self._settings.fetch_seconds:g} s to come.") from error
         self._server.check_model(chat.model)
+        self._check_limits(chat)
         rules = MediaRules(self._settings.limits, self._settings.allow_files)
         self._media = Media(rules, self._folder)
         loop = asyncio.get_running_loop()
@@ -214,26 +212,26 @@ class _Exchange:
                 raise ApiError(413, f"The request is larger than {self._settings.max_body_mb} MB; give a video's URL.")
         return bytes(body)
 
-    def _question(self, chat: ChatRequest, messages: list[dict]) -> Question:
-        settings = self._settings
-        new_tokens = chat.max_completion_tokens or chat.max_tokens or settings.default_new_tokens
+    def _check_limits(self, chat: ChatRequest) -> None:
         for param, value, most in (
-            ("max_tokens", new_tokens, settings.max_new_tokens),
-            ("num_frames", chat.num_frames or 0, settings.max_frames),
+            ("max_tokens", chat.most_new_tokens, self._settings.max_new_tokens),
+            ("num_frames", chat.num_frames, self._settings.max_frames),
         ):
-            if value > most:
+            if value is not None and value > most:
                 raise ApiError(400, f"{param} is {value}, and {most} is the most here.", param=param)
+
+    def _question(self, chat: ChatRequest, messages: list[dict]) -> Question:
         return Question(
             messages,
             num_frames=chat.num_frames,
             fps=chat.fps,
-            max_new_tokens=new_tokens,
+            max_new_tokens=chat.most_new_tokens or self._settings.default_new_tokens,
             temperature=chat.temperature,
             top_p=chat.top_p,
             seed=chat.seed,
             stop=chat.stops,
             seconds=max(self._end - time.monotonic(), 0),
-            limits=settings.limits,
+            limits=self._settings.limits,
         )
 
     async def _event(self, request: Request) -> Piece | End | Failure:
@@ -271,8 +269,7 @@ class _Exchange:
             return ApiError(400, self._media.in_the_requests_words(error))
         if isinstance(error, torch.OutOfMemoryError):
             return ApiError(503, "The request does not fit into memory; ask for fewer frames.")
-        logger.error("a request failed", exc_info=error)
-        return ApiError(500, "The server failed; its log says why.")
+        return ApiError(500, "The server failed; its log says why.")  # the engine wrote it there
 
 
 def _line(content: dict[str, Any]) -> str:

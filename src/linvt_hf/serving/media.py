@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,13 +112,13 @@ class Media:
 
     def _allowed(self, url: str) -> Path | None:
         """The file that a path or a file:// URL names, if it may; None for URLs of servers and with data."""
-        scheme = urlsplit(url[:4096]).scheme.lower()
-        if scheme in ("http", "https", "data"):
+        if re.match("(?i)(https?://|data:)", url):
             return None
-        if self._rules.files is None or scheme not in ("", "file"):
+        is_file_url = url.lower().startswith("file://")
+        if self._rules.files is None or ("://" in url and not is_file_url):
             raise ApiError(400, "A url must be an http(s):// or a data: URL; this server opens nothing else.")
         folder = self._rules.files.resolve()
-        path = (folder / (url2pathname(urlsplit(url).path) if scheme else url)).resolve()
+        path = (folder / (url2pathname(urlsplit(url).path) if is_file_url else url)).resolve()
         if not path.is_relative_to(folder) or not path.is_file():
             raise ApiError(400, "A path must be of a file in the folder whose files this server opens.")
         return path

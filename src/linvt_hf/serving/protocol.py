@@ -107,6 +107,11 @@ class ChatRequest(BaseModel):
     fps: float | None = Field(default=None, gt=0)
 
     @property
+    def most_new_tokens(self) -> int | None:
+        """By its new name or its old one."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
     def stops(self) -> tuple[str, ...]:
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(text for text in given if text)
