@@ -56,9 +56,9 @@ class HttpFile(io.RawIOBase):
             raise VideoReadError(f"{name} is empty (0 bytes).")
 
     def _request(self, start: int, count: int) -> http.client.HTTPResponse:
-        request = urllib.request.Request(self.url, headers={"Range": f"bytes={start}-{start + count - 1}"})
         began = time.monotonic()
         try:
+            request = urllib.request.Request(self.url, headers={"Range": f"bytes={start}-{start + count - 1}"})
             return self._opener.open(request, timeout=self.limits.answer_seconds)
         except urllib.error.HTTPError as error:
             raise VideoReadError(

@@ -1,5 +1,7 @@
 """One model that many ask at once: questions wait in a line, and are answered some at a time, word by word."""
 
+import contextlib
+import ctypes
 import logging
 import threading
 from collections import OrderedDict, deque
@@ -144,6 +146,8 @@ class Engine:
                     for asked in batch:
                         _fail(asked, error)
                 self.answering = 0
+                if not self._line:
+                    _give_back_memory()
 
     def _take(self) -> list[Asked]:
         """The first in line, and those behind it that are answered alike."""
@@ -265,6 +269,15 @@ def _close(opened: list[_Opened]) -> None:
     for _, video in opened:
         if isinstance(video, PixelStream):
             video.close()
+
+
+def _give_back_memory() -> None:
+    """
+    What glibc keeps of freed memory, which with many threads that decode large frames becomes hundreds of megabytes:
+    it goes back to the system while nobody waits.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _do(work: Callable, future: Future, pipeline: VideoQuestionAnsweringPipeline) -> None:
