@@ -65,8 +65,7 @@ class Page:
             seconds=ANSWER_SECONDS,
             limits=LIMITS,
         )
-        history = [*history, {"role": "user", "content": words}]
-        said = ""
+        before, history, said = history, [*history, {"role": "user", "content": words}], ""
         yield [*history, {"role": "assistant", "content": "..."}], None, None
         try:
             for event in self.engine.stream(question):
@@ -75,6 +74,7 @@ class Page:
             history = [*history, {"role": "assistant", "content": said or "(nothing)"}]
             yield history, *(self.pictures(video, question, words, said) if said else (None, None))
         except (ValueError, OSError, Busy) as error:
+            yield before, None, None  # no question without an answer stays
             raise refusal(str(error).replace(repr(video), "The video")) from error
 
     def pictures(self, video: str, question: Question, words: str, said: str) -> tuple[Image.Image, Image.Image]:
@@ -104,8 +104,7 @@ def check(video: str) -> str:
     if info.duration is not None and info.duration > MAX_SECONDS:
         lasts, most = duration(info.duration), duration(MAX_SECONDS)
         raise refusal(f"The video lasts {lasts}, and {most} are the most here.")
-    with open(video, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(Path(video).read_bytes()).hexdigest()
 
 
 def refusal(sentence: str) -> gr.Error:
