@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from linvt_hf.modeling_linvt import LinVTForConditionalGeneration
 from linvt_hf.shapes import image_llm, results
@@ -195,3 +196,20 @@ def test_a_row_is_trained_measured_and_not_run_again(tmp_path, monkeypatch, caps
         assert result["trained"]["video"]["questions"] > 5
         results.run_all([job], workers=1)  # it is there: nothing to do
     assert not any((tmp_path / "results" / "runs").iterdir())
+
+    class Killed(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if "stage2" in args.output_dir:
+                raise KeyboardInterrupt
+
+    train, settings_of = results.train, results.Job._settings
+    for name in ("LinVT", "uniform pooling"):
+        job = results.Job(BY_NAME[name], 1, tmp_path / "results", overrides)
+        expected = json.loads(job.file.read_text())
+        with monkeypatch.context() as patch:
+            patch.setattr(results.Job, "_settings", lambda *a: dataclasses.replace(settings_of(*a), save_every=1))
+            patch.setattr(results, "train", lambda *args, **kwargs: train(*args, **kwargs, callbacks=[Killed()]))
+            with pytest.raises(KeyboardInterrupt):
+                results.run(job)
+        assert (tmp_path / "results/runs" / job.name / "stage2/checkpoint-1").is_dir()
+        assert json.loads(json.dumps(results.run(job))) == expected

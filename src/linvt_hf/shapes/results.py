@@ -58,7 +58,7 @@ class Job:
             seed=self.seed,
             output=str(self.out / "runs" / self.name / stage),
             eval_data=[],
-            save_every=10**6,
+            save_every=100,  # a row that was stopped goes on from there
             linvt={**settings.linvt, **self.row.settings},
             freeze_linvt=self.row.frozen and stage == "stage2",
         )
