@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from .shared import add_model, check_video, load, say, settings_of
+from .shared import add_asking, add_model, check_video, load, say, settings_of
 
 
 def add_commands(commands) -> None:
@@ -13,9 +13,7 @@ def add_commands(commands) -> None:
     ask.add_argument("video", metavar="VIDEO", help="a video file or URL")
     ask.add_argument("questions", metavar="QUESTION", nargs="+", help="one or more; the video is encoded once")
     ask.add_argument("--choices", nargs="+", metavar="CHOICE", help="options; prints the probability of each")
-    ask.add_argument("--num-frames", type=int, help="frames to read, instead of the model's default")
-    ask.add_argument("--fps", type=float, help="frames a second to read, instead of the model's default")
-    ask.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (256)")
+    add_asking(ask)
     ask.add_argument("--json", action="store_true", help="print one JSON object")
     ask.set_defaults(run=_ask)
 
@@ -32,9 +30,7 @@ def add_commands(commands) -> None:
         default="gradient",
         help="weigh tokens by how much the answer depends on them, by gradient (default), or all alike",
     )
-    explain.add_argument("--num-frames", type=int, help="frames to read, instead of the model's default")
-    explain.add_argument("--fps", type=float, help="frames a second to read, instead of the model's default")
-    explain.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (256)")
+    add_asking(explain)
     explain.set_defaults(run=_explain)
 
     batch = commands.add_parser(

@@ -19,6 +19,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="the base of adapters, if it is not where they say")
 
 
+def add_asking(parser: argparse.ArgumentParser) -> None:
+    """How one video is read, and how long an answer may be."""
+    parser.add_argument("--num-frames", type=int, help="frames to read, instead of the model's default")
+    parser.add_argument("--fps", type=float, help="frames a second to read, instead of the model's default")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (256)")
+
+
 def load(args):
     """A pipeline with the model."""
     say(f"loading {args.model}")

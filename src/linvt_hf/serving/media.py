@@ -11,6 +11,7 @@ from urllib.request import url2pathname
 
 from PIL import Image
 
+from ..asking.answers import in_one_line
 from ..video_limits import Limits
 from ..video_sources import located
 from .protocol import ApiError, ImagePart, Message, TextPart, VideoPart
@@ -57,7 +58,7 @@ class Media:
 
     def in_the_requests_words(self, error: Exception) -> str:
         """What went wrong, in one line that does not say where files lie here."""
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = in_one_line(error)
         for file, shown in self._shown.items():
             text = text.replace(repr(file), shown)
         return text
