@@ -10,7 +10,15 @@ from safetensors.torch import load_file, save_file
 from linvt_hf import video_tokenizer
 from linvt_hf.configuration_linvt import LinVTConfig
 from linvt_hf.running_tokens import RunningTokens, best_of_each
-from linvt_hf.token_refiner import Candidates, PoolingWindows, Remainder, VideoTokens, number_tokens, select_top_k
+from linvt_hf.token_refiner import (
+    Candidates,
+    Dropped,
+    PoolingWindows,
+    Remainder,
+    VideoTokens,
+    number_tokens,
+    select_top_k,
+)
 from linvt_hf.token_scorer import change_of, novelty, windows_of
 from linvt_hf.tokenizer_parts import PlaceEmbedding
 from linvt_hf.video_tokenizer import LinearVideoTokenizer, normalise_times
@@ -1011,8 +1019,7 @@ def test_what_is_stored_of_a_long_video(room):
         stretch = left & ((everything.where[0, :, 0] * 4).long().clamp(max=3) == number)
         assert stored.dropped.count[0, number] == stretch.sum()
         among = everything.values[0, stretch]
-        mean, weight = stored.dropped.values[0, number], stored.dropped.log_weight[0, number].exp()
-        assert 0 < weight < len(among)
+        mean = stored.dropped.values[0, number]
         assert (mean >= among.amin(dim=0) - 1e-5).all() and (mean <= among.amax(dim=0) + 1e-5).all()
     out = model.condense(stored, question(), output_weights=True)
     assert out.video_tokens.isfinite().all() and out.scores.shape == (1, room)
@@ -1022,6 +1029,37 @@ def test_what_is_stored_of_a_long_video(room):
     close(out.weights.sum(-1) + out.dropped_weights.sum(-1), torch.ones(1, 8))
     close(out.video_tokens, out.weights @ stored.values + out.dropped_weights @ stored.dropped.values)
     assert streamed(trained(**settings, **PLAIN), tokens).dropped is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"novelty_gain": 0.0}, {"num_selected_tokens": 3}])
+def test_an_average_stands_for_what_is_like_it(settings):
+    """Tokens that say the same need not be stored: what the averages make of them is what they would make."""
+    model = trained(**settings)
+    for text in (None, question(seed=3)):
+        tokens = model.refine(video(1, 12, 4), grid=(2, 2))
+        stretches = torch.arange(48).view(4, 12)  # three frames each
+        least = stretches.gather(1, model.condense(tokens, text).scores.view(4, 12).argmin(dim=1, keepdim=True))
+        alike = stretches[:, 6:]
+        for name in ("values", "features", "change"):
+            value = getattr(tokens, name)
+            value[0, alike] = value[0, least].clone()
+        gone, stored = alike[:, 1:], torch.ones(48, dtype=torch.bool)
+        stored[gone] = False
+        own = {name: value for name, value in tokens.tensors().items() if name != "largest"}
+        averages = {name: value[:, gone].mean(dim=2) for name, value in own.items() if name != "index"}
+        fewer = VideoTokens(
+            **{name: value[:, stored] for name, value in own.items()},
+            largest=tokens.largest,
+            mask=None,
+            places=4,
+            dropped=Dropped(**averages, count=torch.full((1, 4), 5)),
+        )
+        whole, some = (model.condense(given, text, output_weights=True) for given in (tokens, fewer))
+        close(some.video_tokens, whole.video_tokens)
+        weights = whole.weights[:, :, gone].sum(dim=-1)
+        close(some.dropped_weights, weights)
+        assert weights.max() > 0.01
 
 
 def test_the_stored_tokens_are_the_most_significant():

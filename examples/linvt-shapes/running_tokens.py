@@ -148,7 +148,7 @@ class RunningTokens:
         member = stretches[gone] == stretch[:, None]  # [R, K]
         share = member * weights[gone]
         sums = [share.sum(dim=1, keepdim=True), member.sum(dim=1, keepdim=True)]
-        for value in (tokens.values, tokens.features, tokens.where):
+        for value in (tokens.values, tokens.features, tokens.change[..., None], tokens.where):
             sums.append((share.to(value.dtype) @ value[0, gone]).float())
         self.sums = sums if self.sums is None else [old + more for old, more in zip(self.sums, sums, strict=True)]
 
@@ -159,12 +159,12 @@ class RunningTokens:
         tokens = self.tokens
         if self.sums is not None:
             weight, count, *sums = self.sums
-            values, features, where = (part / weight.clamp(min=1e-30) for part in sums)
+            values, features, change, where = (part[None] / weight.clamp(min=1e-30) for part in sums)  # [1, R, .]
             tokens.dropped = Dropped(
-                values.to(tokens.values.dtype)[None],
-                features.to(tokens.features.dtype)[None],
-                where[None],
-                weight.log().clamp(min=torch.finfo(torch.float32).min)[None, :, 0],
+                values.to(tokens.values.dtype),
+                features.to(tokens.features.dtype),
+                change[..., 0],
+                where,
                 count[None, :, 0],
             )
         return tokens

@@ -67,15 +67,24 @@ class Dropped:
     """
     Averages of tokens that are not stored, each over a stretch of time and weighed by significance.
 
-    values [B, R, D], features [B, R, d], where [B, R, 3]; log_weight [B, R], the logarithm of the sum of weights;
-    count [B, R], how many tokens that was.
+    values [B, R, D], features [B, R, d], change [B, R], where [B, R, 3]; count [B, R], how many tokens that was.
     """
 
     values: Tensor
     features: Tensor
+    change: Tensor
     where: Tensor
-    log_weight: Tensor
     count: Tensor
+
+
+@dataclass
+class Candidates:
+    """Tokens that queries may weigh: features [B, K, d], mask [B, K], places [B, K, 3] and significance [B, K]."""
+
+    features: Tensor
+    mask: Tensor
+    places: Tensor
+    log_significance: Tensor
 
 
 def number_tokens(frame_mask: Tensor | None, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -112,38 +121,43 @@ def select_top_k(scores: Tensor, index: Tensor, places: int, mask: Tensor | None
     return chosen.gather(1, last), real.gather(1, last)
 
 
-@dataclass
-class Candidates:
-    """Tokens that queries may weigh: features [B, K, d], mask [B, K], places [B, K, 3] and significance [B, K]."""
-
-    features: Tensor
-    mask: Tensor
-    places: Tensor
-    log_significance: Tensor
-
-
 class Remainder:
     """
     What top-k leaves out, averaged over equal stretches of time (ours): a plain top-k throws it away, and with it what
     a scorer has not yet learned to look for.
 
     `share` [B, R, K] holds what each token contributes to its stretch, the significant ones more, so that a token's
-    score learns here too; `mask` [B, R] is True for stretches of which something is left. Of tokens that are not even
-    stored, `dropped`, the averages count with the weight they had.
+    score learns here too; `mask` [B, R] is True for stretches of which something is left.
+
+    Args:
+        log_significance: [B, K]. index, kept: [B, k], what `select_top_k` gave. count: R.
+        dropped: averages of tokens that are not even stored, as SSS has them for the question; one counts as so many
+            tokens as it is the average of.
     """
 
-    def __init__(self, log_significance: Tensor, tokens: VideoTokens, index: Tensor, kept: Tensor, count: int):
+    def __init__(
+        self,
+        log_significance: Tensor,
+        tokens: VideoTokens,
+        index: Tensor,
+        kept: Tensor,
+        count: int,
+        dropped: Candidates | None = None,
+    ):
         left = torch.ones_like(log_significance, dtype=torch.bool) if tokens.mask is None else tokens.mask
         left = left.scatter(1, index, left.gather(1, index) & ~kept)
         stretch = stretch_of(tokens.where[..., 0], count)  # [B, K]
         member = (stretch[:, None] == torch.arange(count, device=stretch.device)[:, None]) & left[:, None]  # [B, R, K]
-        logits = log_significance[:, None].masked_fill(~member, torch.finfo(torch.float32).min)
+        nothing = torch.finfo(torch.float32).min
+        logits = log_significance[:, None].masked_fill(~member, nothing)
         number = member.sum(dim=-1)
-        self.dropped = tokens.dropped
-        if self.dropped is not None:
-            logits = torch.cat([logits, self.dropped.log_weight[..., None]], dim=-1)
-            member = torch.cat([member, self.dropped.count[..., None] > 0], dim=-1)
-            number = number + self.dropped.count
+        self.dropped = dropped
+        if dropped is not None:
+            each = tokens.dropped.count
+            together = dropped.log_significance + each.clamp(min=1).log()
+            logits = torch.cat([logits, together.masked_fill(~dropped.mask, nothing)[..., None]], dim=-1)
+            member = torch.cat([member, dropped.mask[..., None]], dim=-1)
+            number = number + each
         share = logits.softmax(dim=-1) * member
         self.share, self.dropped_share = share[..., : left.shape[1]], share[..., left.shape[1] :]  # [B, R, 0 or 1]
         self.mask = member.any(dim=-1)
@@ -159,7 +173,7 @@ class Remainder:
         return Candidates(
             self.pool(features, dropped and dropped.features),
             self.mask,
-            self.pool(tokens.where, dropped and dropped.where),
+            self.pool(tokens.where, dropped and dropped.places),
             self.log_significance,
         )
 

@@ -181,7 +181,8 @@ class LinearVideoTokenizer(LinVTPreTrainedModel):
         kept = Candidates(take(features, index), mask, take(tokens.where, index), log_significance.gather(1, index))
         rest, remainder = None, None
         if rest_count and (index.shape[1] < count or tokens.dropped is not None):
-            remainder = Remainder(log_significance, tokens, index, mask, rest_count)
+            dropped = self._dropped(tokens, text, text_mask)
+            remainder = Remainder(log_significance, tokens, index, mask, rest_count, dropped)
             rest = remainder.candidates(tokens, features)
 
         weights = self.aggregator(kept, rest, text, text_mask).to(tokens.values.dtype)  # [B, M, k + R]
@@ -201,6 +202,13 @@ class LinearVideoTokenizer(LinVTPreTrainedModel):
         return VideoTokenizerOutput(
             video_tokens=video_tokens, weights=weights, scores=scores, dropped_weights=dropped_weights
         )
+
+    def _dropped(self, tokens: VideoTokens, text: Tensor, text_mask: Tensor | None) -> Candidates | None:
+        """The averages of what is not stored: SSS reads the question for them as for tokens."""
+        if (dropped := tokens.dropped) is None:
+            return None
+        features, scores = self.scorer(dropped.features, novelty(dropped.change, tokens.largest), text, text_mask)
+        return Candidates(features, dropped.count > 0, dropped.where, F.logsigmoid(scores))
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:  # [B, K, c], [B, k] -> [B, k, c]
