@@ -5,6 +5,7 @@ A wrapped image-LLM from frames to words: what each stage costs, and how it grow
     python benchmarks/end_to_end.py questions    # the first question about a video, and a further one
     python benchmarks/end_to_end.py batches      # several videos and questions at a time
     python benchmarks/end_to_end.py lengths      # long videos, encoded some frames at a time
+    python benchmarks/end_to_end.py encoder      # the vision encoder, and ways to make it cheaper
     python benchmarks/end_to_end.py frames --base qwen2_vl_7b --device cuda --dtype bfloat16 --json FILE
 
 Real architectures with random weights, since time and memory do not depend on their values; frames are random pixels
@@ -14,196 +15,14 @@ token is that of `generate` with one new token. Memory is what a run takes besid
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from measuring import environment, peak_megabytes, save, seconds, show
-from torch import Tensor
+from measuring import environment, save, show
+from real_sizes import PATCHES, SIZES, WORDS, Bench, Film
 
-from linvt_hf import LinVTForConditionalGeneration
-from linvt_hf.configuration_linvt import read_base_config
-from linvt_hf.image_llm import build_image_llm
-from linvt_hf.shapes.rows import Condenser, uniform_pooling
-
-# As published, at the names of transformers; of `small`, which a CPU can run, every size is our choice.
-SIZES = {
-    "internvl2_8b": {
-        "model_type": "internvl",
-        "vision_config": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "image_size": [448, 448],
-            "patch_size": [14, 14],
-            "attention_bias": True,
-        },
-        "text_config": {
-            "model_type": "llama",
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 92553,
-            "max_position_embeddings": 32768,
-        },
-        "image_seq_length": 256,
-        "tie_word_embeddings": False,
-    },
-    "qwen2_vl_7b": {
-        "model_type": "qwen2_vl",
-        "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16},
-        "text_config": {
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "vocab_size": 152064,
-            "max_position_embeddings": 32768,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0},
-        },
-        "tie_word_embeddings": False,
-    },
-    "small": {
-        "model_type": "internvl",
-        "vision_config": {
-            "hidden_size": 192,
-            "intermediate_size": 768,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 3,
-            "image_size": [224, 224],
-            "patch_size": [14, 14],
-        },
-        "text_config": {
-            "model_type": "qwen2",
-            "hidden_size": 256,
-            "intermediate_size": 1024,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 4096,
-            "max_position_embeddings": 32768,
-        },
-        "image_seq_length": 64,
-        "tie_word_embeddings": False,
-    },
-}
-LIGHT = {"bottleneck_size": 64, "num_heads": 4}  # for `small`: LinVT's own width is twice that of its language model
-WORDS = 20  # before the video, and after it; the question, too
 WAYS = ("every frame", "pooled", "LinVT")
-
-
-class Bench:
-    """
-    A base with LinVT, and inputs for it.
-
-    Frames are squares of the base's size: 448 pixels and 256 tokens for both of 7 or 8 B, as InternVL2 has them.
-    """
-
-    def __init__(self, size: str, device: str, dtype: torch.dtype, repeats: int):
-        self.device, self.dtype, self.repeats = device, dtype, repeats
-        config = read_base_config(SIZES[size])
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device(device):
-                base = build_image_llm(config)
-                self.model = LinVTForConditionalGeneration.from_image_llm(
-                    base, config.text_config.vocab_size - 1, **(LIGHT if size == "small" else {})
-                )
-        finally:
-            torch.set_default_dtype(before)
-        self.model.eval().generation_config.eos_token_id = None
-        self.tokenizer = self.model.video_tokenizer
-        self.video_tokens = self.model.config.num_video_tokens
-        self.chunk = self.model.config.frames_per_chunk
-        self.qwen = SIZES[size]["model_type"] == "qwen2_vl"
-        self.places = config.image_seq_length if not self.qwen else 256
-        side = 448 if self.qwen else config.vision_config.image_size[0]
-        shape = (1024, 3 * 2 * 14 * 14) if self.qwen else (1, 3, side, side)  # rows of one frame
-        self.one_chunk = torch.randn(self.chunk, *shape, device=device, dtype=dtype).flatten(0, 1)
-
-    def use(self, way: str, count: int = 1) -> int:
-        """Puts a way to condense videos into the model; returns how many tokens it makes of so many frames."""
-        if way == "LinVT":
-            self.model.video_tokenizer = self.tokenizer
-        elif way == "pooled":  # as many tokens as LinVT gives
-            self.model.video_tokenizer = Condenser(uniform_pooling(self.video_tokens // 16, 4))
-        else:
-            self.model.video_tokenizer = Condenser(lambda tokens: tokens.flatten(1, 2))
-        return self.places * count if way == "every frame" else self.video_tokens
-
-    def frames(self, count: int) -> dict[str, Tensor]:
-        """Pixels of so many frames, as the vision encoder takes them."""
-        rows = len(self.one_chunk) // self.chunk * count
-        times = math.ceil(count / self.chunk)
-        pixels = (
-            self.one_chunk[:rows] if times == 1 else self.one_chunk.repeat(times, *[1] * (self.one_chunk.ndim - 1))
-        )
-        inputs = {"pixel_values": pixels[:rows]}
-        if self.qwen:
-            inputs["image_grid_thw"] = torch.tensor([[1, 32, 32]]).expand(count, -1)
-        return inputs
-
-    def videos(self, lengths: list[int]) -> dict[str, Tensor]:
-        """The same as inputs of the model, which gets a question beside them."""
-        found = self.frames(sum(lengths))
-        inputs = {"pixel_values_videos": found.pop("pixel_values"), "num_frames": torch.tensor(lengths)}
-        inputs |= {f"frames_{name}": value for name, value in found.items()}
-        return {**inputs, **self.question(len(lengths))}
-
-    def question(self, batch: int = 1) -> dict[str, Tensor]:
-        return {"question_ids": torch.full((batch, WORDS), 7, device=self.device)}
-
-    def prompt(self, video_tokens: int, batch: int = 1) -> dict[str, Tensor]:
-        words = torch.full((batch, WORDS), 7, device=self.device)
-        places = torch.full((batch, video_tokens), self.model.config.video_token_id, device=self.device)
-        input_ids = torch.cat([words, places, words], dim=1)
-        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-
-    def answer(self, inputs: dict, new_tokens: int = 1) -> Tensor:
-        return self.model.generate(
-            **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0
-        )
-
-    @torch.no_grad()
-    def encode(self, frames: dict[str, Tensor]) -> list[Tensor]:
-        inputs = dict(frames)
-        pixels = inputs.pop("pixel_values")
-        rows = len(self.one_chunk) // self.chunk
-        count = len(pixels) // rows
-        return self.model.image_llm.encode_frames(self.model.base, pixels, inputs, count, self.chunk)
-
-    @torch.no_grad()
-    def prefill(self, tokens: int) -> None:
-        embeds = torch.zeros(1, tokens, self.model.config.hidden_size, device=self.device, dtype=self.dtype)
-        self.model.base(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
-
-    def seconds(self, work: Callable[[], object], warm_up: int = 1) -> float:
-        return seconds(work, self.device, self.repeats, warm_up)
-
-    def peak(self, work: Callable[[], object]) -> float:
-        return peak_megabytes(work, self.device)
-
-
-class Film:
-    """What `processor.stream` gives, of frames that are always the same."""
-
-    times = duration = None
-
-    def __init__(self, bench: Bench, num_frames: int):
-        self.bench, self.num_frames = bench, num_frames
-
-    def on(self, device) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        for start in range(0, self.num_frames, self.bench.chunk):
-            stop = min(start + self.bench.chunk, self.num_frames)
-            yield slice(start, stop), self.bench.frames(stop - start)
-
-    def close(self) -> None:
-        pass
 
 
 # ---- the tables: a row at a time ----
@@ -263,6 +82,20 @@ def questions(bench: Bench, counts: list[int], most: int) -> Iterator[dict]:
         yield {**row, "times faster": row["first s"] / row["further s"], "stored MB": video.nbytes / 2**20}
 
 
+def encoder(bench: Bench, counts: list[int], most: int) -> Iterator[dict]:
+    """Ways to make cheaper what is left: the encoder compiled, and frames of half the side where it takes any."""
+    for count in counts:
+        ways = {"as it is": bench.frames(count)}
+        if bench.qwen:
+            ways["half the side"] = bench.frames(count, PATCHES // 2)
+        rows = {way: bench.seconds(lambda: bench.encode(pixels)) for way, pixels in ways.items()}  # noqa: B023
+        with bench.compiled_encoder():
+            for way, pixels in ways.items():
+                rows[f"{way}, compiled"] = bench.seconds(lambda: bench.encode(pixels), warm_up=3)  # noqa: B023
+        for way, taken in rows.items():
+            yield {"frames": count, "way": way, "encoding s": taken, "times faster": rows["as it is"] / taken}
+
+
 def batches(bench: Bench, counts: list[int], most: int) -> Iterator[dict]:
     """So many videos of 24 to 40 frames, each with a question, and 32 new tokens for each."""
     bench.use("LinVT")
@@ -318,6 +151,11 @@ TABLES = {
         questions,
         [64, 256, 1024],
         {"frames": "d", "first s": ".3f", "further s": ".4f", "times faster": ".1f", "stored MB": ".0f"},
+    ),
+    "encoder": (
+        encoder,
+        [64, 256],
+        {"frames": "d", "way": "", "encoding s": ".3f", "times faster": ".2f"},
     ),
     "batches": (
         batches,
