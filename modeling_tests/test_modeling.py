@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 from linvt_hf import LinVTConfig, LinVTForConditionalGeneration, wrap
 from linvt_hf.image_llm import OWN_MODELS
+from linvt_hf.image_llm_parts import CACHE
 
 ALL = [*NAMED, *UNNAMED, "qwen3_vl"]
 every_base = pytest.mark.parametrize("name", ALL)
@@ -346,12 +347,12 @@ def test_a_conversation_goes_on_in_the_cache():
     first = chat(noise_video(), "What moves?")
     cache = DynamicCache(config=model.config.get_text_config())
     prompt = encode(processor, first)
-    answer = greedy(model, prompt, past_key_values=cache)[:, prompt["input_ids"].shape[1] :]
+    answer = greedy(model, prompt, **{CACHE: cache})[:, prompt["input_ids"].shape[1] :]
     more = torch.tensor([[65, 66, 67]])
     whole = dict(prompt, input_ids=torch.cat([prompt["input_ids"], answer, more], dim=1))
     whole["attention_mask"] = torch.ones_like(whole["input_ids"])
     fresh = greedy(model, whole)
-    assert torch.equal(greedy(model, whole, past_key_values=cache), fresh)
+    assert torch.equal(greedy(model, whole, **{CACHE: cache}), fresh)
 
 
 def test_beams_without_ids():

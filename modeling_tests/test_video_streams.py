@@ -242,7 +242,8 @@ def test_what_cannot_be_encoded(files):
         encode(processor, chat(video, "Who?"), chat(noise_video(4), "Who?"))
     with pytest.raises(ValueError, match="An encoded video has its frames already"):
         processor(videos=video, num_frames=3)
-    narrow = dataclasses.replace(video, tokens=dataclasses.replace(video.tokens, values=video.tokens.values[..., 1:]))
+    narrow = copy.copy(video)
+    narrow.tokens = dataclasses.replace(video.tokens, values=video.tokens.values[..., 1:])
     with pytest.raises(ValueError, match=f"tokens of width {model.config.hidden_size - 1}, and this model's are"):
         model.generate(**encode(processor, chat(narrow, "Who?")))
     with pytest.raises(ValueError, match="frame_features and encoded_videos; none was given"):

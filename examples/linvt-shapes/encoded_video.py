@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,7 @@ class PixelStream:
         return self._frames.duration
 
 
-@dataclass(eq=False)
-class EncodedVideo:
+class EncodedVideo:  # no dataclass: of one in a chat transformers would make a dict
     """
     What is known of a video before a question, as `LinVTForConditionalGeneration.encode_video` gives it: its visual
     tokens, and what the tokenizer's scoring made of them. A processor takes it wherever it takes a video; a question
@@ -71,16 +70,23 @@ class EncodedVideo:
     made_by: `SignificanceScorer.probe` of the tokenizer that scored it, which alone can go on from there.
     """
 
-    tokens: VideoTokens
-    num_frames: int
-    grid: tuple[int, int]
-    times: Tensor | None = None
-    duration: float | None = None
-    made_by: Tensor | None = None
+    def __init__(
+        self,
+        tokens: VideoTokens,
+        num_frames: int,
+        grid: tuple[int, int],
+        times: Tensor | None = None,
+        duration: float | None = None,
+        made_by: Tensor | None = None,
+    ):
+        self.tokens, self.num_frames, self.grid = tokens, num_frames, grid
+        self.times, self.duration, self.made_by = times, duration, made_by
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "EncodedVideo":
         """On another device, or with visual tokens of another type."""
-        return replace(self, tokens=self.tokens.to(device, dtype))
+        moved = copy(self)
+        moved.tokens = self.tokens.to(device, dtype)
+        return moved
 
     @property
     def nbytes(self) -> int:

@@ -62,7 +62,7 @@ class HubFolderMixin:
         Saves a complete Hub folder: weights, config, all code a process without this package needs, a model card, and
         the processor if it is given.
         """
-        if getattr(self.base, "_hf_peft_config_loaded", False):
+        if hasattr(self.base, "peft_config"):
             raise ValueError(
                 "The model has a LoRA on it, which a whole model's folder cannot hold: fold it in first with "
                 "linvt_hf.training.merge(model), or save it alone with linvt_hf.training.save_adapter(model, folder)."

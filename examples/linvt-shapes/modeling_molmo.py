@@ -14,13 +14,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_molmo import MolmoConfig
-from .image_llm_parts import ImageLLMHeadMixin, ImageLLMModelMixin
+from .image_llm_parts import ImageLLMHeadMixin, ImageLLMModelMixin, named_cache
 
 
 class MolmoPooling(nn.Module):  # transformers takes a module named for attention for one whose kernel it may choose
@@ -82,7 +81,7 @@ class MolmoPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _no_split_modules = ["MolmoMultiModalProjector"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -137,14 +136,13 @@ class MolmoModel(ImageLLMModelMixin, MolmoPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_masks: Tensor | None = None,
         image_token_order: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> LlavaModelOutputWithPast:
+    ) -> BaseModelOutputWithPast:
         """
         Args:
             input_ids: [B, S], with `config.image_token_id` at each visual token's place.
@@ -155,19 +153,16 @@ class MolmoModel(ImageLLMModelMixin, MolmoPreTrainedModel):
         Raises `ValueError` when visual tokens and places for them do not match in number.
         """
         inputs_embeds = self.embed_prompt(input_ids, inputs_embeds)
-        image_tokens = None
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, image_masks, return_dict=True).pooler_output
             image_tokens = stitch(features, image_token_order).to(inputs_embeds)  # [places, D]
             places = self.image_places(input_ids, inputs_embeds)
             # Molmo adds a visual token to its placeholder's embedding and does not replace it.
             inputs_embeds = inputs_embeds + self.in_places(torch.zeros_like(inputs_embeds), image_tokens, places)
-        return self.read(
-            inputs_embeds,
-            image_tokens,
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,
         )
@@ -197,7 +192,7 @@ class MolmoForConditionalGeneration(ImageLLMHeadMixin, MolmoPreTrainedModel, Gen
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_masks: Tensor | None = None,
@@ -205,8 +200,9 @@ class MolmoForConditionalGeneration(ImageLLMHeadMixin, MolmoPreTrainedModel, Gen
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> LlavaCausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast:
         """
         Logits, and the loss if `labels` [B, S] are given (-100 where nothing is learned). For the other arguments see
         `MolmoModel.forward`.
@@ -217,13 +213,13 @@ class MolmoForConditionalGeneration(ImageLLMHeadMixin, MolmoPreTrainedModel, Gen
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             image_masks=image_masks,
             image_token_order=image_token_order,
             use_cache=use_cache,
             return_dict=True,
+            **named_cache(cache, past_key_values),
             **kwargs,
         )
         output = self.say(output, labels, logits_to_keep, **kwargs)

@@ -35,9 +35,9 @@ from .video_sources import located
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class Clip:
-    """Sampled frames of one video and when each is shown.
+class Clip:  # no dataclass: of one in a chat transformers would make a dict
+    """
+    Sampled frames of one video and when each is shown.
 
     frames: uint8 [T, H, W, 3], RGB, upright.
     times: float32 [T], seconds from the video's first frame; None where nobody knows (arrays, lists of pictures).
@@ -45,10 +45,8 @@ class Clip:
     total_frames: the number of frames the source holds.
     """
 
-    frames: torch.Tensor
-    times: torch.Tensor | None
-    duration: float | None
-    total_frames: int
+    def __init__(self, frames: torch.Tensor, times: torch.Tensor | None, duration: float | None, total_frames: int):
+        self.frames, self.times, self.duration, self.total_frames = frames, times, duration, total_frames
 
     @property
     def num_frames(self) -> int:

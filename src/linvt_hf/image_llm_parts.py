@@ -1,8 +1,20 @@
-"""What the models of bases that transformers lacks have in common: places for visual tokens, a head, generation."""
+"""
+What the models of bases that transformers lacks have in common: places for visual tokens, a head, generation; and what
+the cache is called.
+"""
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+# What transformers calls a cache of keys and values, as an argument and in outputs: the first from 5.24 on.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def named_cache(cache: Cache | None, past_key_values: Cache | None) -> dict[str, Cache | None]:
+    """Whichever was given, under the name of this transformers."""
+    return {CACHE: past_key_values if cache is None else cache}
 
 
 class ImageLLMModelMixin:
@@ -40,17 +52,6 @@ class ImageLLMModelMixin:
             )
         return inputs_embeds.masked_scatter(places[..., None], image_tokens)
 
-    def read(self, inputs_embeds: Tensor, image_tokens: Tensor | None, **kwargs) -> LlavaModelOutputWithPast:
-        """What the language model makes of prompts with the visual tokens in them."""
-        output = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
-        return LlavaModelOutputWithPast(
-            last_hidden_state=output.last_hidden_state,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            image_hidden_states=image_tokens,
-        )
-
 
 class ImageLLMHeadMixin:
     """Of a `model` as above with an `lm_head`; stands before `PreTrainedModel` and `GenerationMixin`."""
@@ -74,21 +75,20 @@ class ImageLLMHeadMixin:
         return self.model.get_image_features(pixel_values, *args, **kwargs)
 
     def say(
-        self, output: LlavaModelOutputWithPast, labels: Tensor | None, logits_to_keep: int | Tensor, **kwargs
-    ) -> LlavaCausalLMOutputWithPast:
+        self, output: BaseModelOutputWithPast, labels: Tensor | None, logits_to_keep: int | Tensor, **kwargs
+    ) -> CausalLMOutputWithPast:
         """The head's logits of what `model` gave, and the loss if there are labels [B, S]."""
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
-        return LlavaCausalLMOutputWithPast(
+        return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
-            image_hidden_states=output.image_hidden_states,
+            **{CACHE: getattr(output, CACHE)},
         )
 
     def prepare_inputs_for_generation(
@@ -127,4 +127,4 @@ class ImageLLMHeadMixin:
         return input_ids, {**model_kwargs, **images}
 
 
-__all__ = ["ImageLLMHeadMixin", "ImageLLMModelMixin"]
+__all__ = ["CACHE", "ImageLLMHeadMixin", "ImageLLMModelMixin", "named_cache"]

@@ -5,13 +5,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_blip3 import Blip3Config, select_grid
-from .image_llm_parts import ImageLLMHeadMixin, ImageLLMModelMixin
+from .image_llm_parts import ImageLLMHeadMixin, ImageLLMModelMixin, named_cache
 from .resampler_blip3 import Blip3PerceiverResampler
 
 
@@ -21,7 +20,7 @@ class Blip3PreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _no_split_modules = ["Blip3PerceiverResampler"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -155,14 +154,13 @@ class Blip3Model(ImageLLMModelMixin, Blip3PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
         answers: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> LlavaModelOutputWithPast:
+    ) -> BaseModelOutputWithPast:
         """
         Args:
             input_ids: [B, S], with `config.image_token_id` at each visual token's place.
@@ -172,7 +170,6 @@ class Blip3Model(ImageLLMModelMixin, Blip3PreTrainedModel):
         Raises `ValueError` when visual tokens and places for them do not match in number.
         """
         inputs_embeds = self.embed_prompt(input_ids, inputs_embeds)
-        image_tokens = None
         if pixel_values is not None:
             places = self.image_places(input_ids, inputs_embeds)
             texts = None
@@ -185,12 +182,10 @@ class Blip3Model(ImageLLMModelMixin, Blip3PreTrainedModel):
             features = self.get_image_features(pixel_values, image_sizes, texts, return_dict=True).pooler_output
             image_tokens = torch.cat(tuple(features)).to(inputs_embeds)  # [places, D]
             inputs_embeds = self.in_places(inputs_embeds, image_tokens, places)
-        return self.read(
-            inputs_embeds,
-            image_tokens,
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,
         )
@@ -214,15 +209,16 @@ class Blip3ForConditionalGeneration(ImageLLMHeadMixin, Blip3PreTrainedModel, Gen
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> LlavaCausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast:
         """
         Logits, and the loss if `labels` [B, S] are given (-100 where nothing is learned). For the other arguments see
         `Blip3Model.forward`.
@@ -231,13 +227,13 @@ class Blip3ForConditionalGeneration(ImageLLMHeadMixin, Blip3PreTrainedModel, Gen
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             image_sizes=image_sizes,
             answers=None if labels is None else labels != -100,
             use_cache=use_cache,
             return_dict=True,
+            **named_cache(cache, past_key_values),
             **kwargs,
         )
         return self.say(output, labels, logits_to_keep, **kwargs)

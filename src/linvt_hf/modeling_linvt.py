@@ -16,6 +16,7 @@ from .configuration_linvt import LinVTConfig
 from .encoded_video import EncodedVideo
 from .hub_folder import HubFolderMixin
 from .image_llm import build_image_llm, image_llm_of
+from .image_llm_parts import CACHE, named_cache
 from .model_card import UNTRAINED
 from .modeling_videos import FRAME_PREFIX, VideoFeatures, VideoMixin
 from .video_tokenizer import LinearVideoTokenizer, LinVTPreTrainedModel
@@ -134,7 +135,7 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         num_frames: Tensor | None = None,
@@ -162,6 +163,7 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
         frame_features: Tensor | None = None,
         encoded_videos: list[EncodedVideo] | None = None,
         frames_num_tokens: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModelOutput:
         """
@@ -173,6 +175,7 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
                 question_mask: see `get_video_features`.
             video_embeds: [V, M, D], the videos' tokens, if they are already there.
             frames_*: what the base's vision encoder needs beside the pixels of a video's frames.
+            cache (or past_key_values, its name before transformers 5.24): keys and values of what came before.
             pixel_values and the others, kwargs: the base's own inputs for images, and any other it takes.
 
         Raises `ValueError` when videos and places for them do not match.
@@ -194,6 +197,7 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
             "frames_num_tokens": frames_num_tokens,
         }
         kwargs.update({name: value for name, value in named.items() if value is not None})
+        kept = named_cache(cache, past_key_values)
         frame_inputs = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(FRAME_PREFIX)}
         forms = (pixel_values_videos, frame_features, encoded_videos)
         if video_embeds is None and any(form is not None for form in forms):
@@ -208,20 +212,20 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
                 **frame_inputs,
             ).pooler_output
         if video_embeds is not None:
-            cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+            cached = 0 if kept[CACHE] is None else kept[CACHE].get_seq_length()
             inputs_embeds = self._embed(input_ids, inputs_embeds, video_embeds, cached)
             if position_ids is None and input_ids is not None:
-                position_ids = self._positions(input_ids, attention_mask, past_key_values, kwargs)
+                position_ids = self._positions(input_ids, attention_mask, {**kept, **kwargs})
             input_ids = None
         output = self.base(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **kept,
             **self._known_to_base(kwargs),
         )
         if self.training and torch.is_grad_enabled() and (zero := self._zero_of_trained()) is not None:
@@ -242,14 +246,9 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
         # One element of each: its gradient is a whole tensor of zeros all the same.
         return 0.0 * torch.stack([p.flatten()[0].float() for p in trained]).sum() if trained else None
 
-    def _positions(self, input_ids, attention_mask, past_key_values, kwargs) -> Tensor:
+    def _positions(self, input_ids: Tensor, attention_mask: Tensor | None, kwargs: dict) -> Tensor:
         """The base's own positions for a prompt; its video tokens count as text (one dimension of M-RoPE)."""
-        known = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            **kwargs,
-        }
+        known = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         positions = self.base._prepare_position_ids_for_generation(input_ids, known)
         return positions[..., -input_ids.shape[1] :]
 
@@ -268,7 +267,8 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
         if videos and kwargs.get("video_embeds") is None:
             kwargs["video_embeds"] = self.get_video_features(**videos).pooler_output
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        given, cached = kwargs.get("video_embeds") is not None, kwargs.get("past_key_values") is not None
+        given = kwargs.get("video_embeds") is not None
+        cached = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
         if given and kwargs.get("prefill_chunk_size") is not None:
             raise ValueError("prefill_chunk_size does not work with videos; leave it out.")
         if not given and not cached and input_ids is not None and (input_ids == self.config.video_token_id).any():

@@ -19,6 +19,7 @@ from ..modeling_linvt import LinVTForConditionalGeneration
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 ADAPTER = "default"  # PEFT's name for the one adapter there is
 
@@ -79,7 +80,7 @@ def part_of(name: str) -> str:
 
 
 def has_lora(model: LinVTForConditionalGeneration) -> bool:
-    return bool(getattr(model.base, "_hf_peft_config_loaded", False))
+    return hasattr(model.base, "peft_config")
 
 
 def add_lora(
@@ -108,7 +109,10 @@ def inject_lora(model: LinVTForConditionalGeneration, settings: "LoraConfig") ->
     """Puts a LoRA with PEFT's settings on the base, in float32."""
     if has_lora(model):
         raise ValueError("The model has a LoRA already; merge(model) first.")
-    model.base.add_adapter(settings, adapter_name=ADAPTER)
+    from peft import inject_adapter_in_model
+
+    # Not transformers' `add_adapter`, which from 5.24 on asks for a version of PEFT that is not out.
+    inject_adapter_in_model(settings, model.base, ADAPTER)
     for name, parameter in model.base.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()  # steps this small would be lost in half precision
@@ -129,8 +133,7 @@ def add_projector(model: LinVTForConditionalGeneration, names: tuple[str, ...] |
 def adapters_off(model: LinVTForConditionalGeneration) -> Iterator[None]:
     """Inside, the base is the image-LLM as it was: still images give its own logits bit for bit."""
     trained = {name: _copy(model.get_submodule(name)) for name in model.trained_projector}
-    if lora := has_lora(model):
-        model.base.disable_adapters()
+    _switch_lora(model, on=False)
     try:
         for name in trained:
             _restore(model.get_submodule(name), model._untrained_projector[name])
@@ -138,8 +141,21 @@ def adapters_off(model: LinVTForConditionalGeneration) -> Iterator[None]:
     finally:
         for name, weights in trained.items():
             _restore(model.get_submodule(name), weights)
-        if lora:
-            model.base.enable_adapters()
+        _switch_lora(model, on=True)
+
+
+def _switch_lora(model: LinVTForConditionalGeneration, on: bool) -> None:
+    for _, layer in _lora_layers(model):
+        layer.enable_adapters(on)
+
+
+def _lora_layers(model: LinVTForConditionalGeneration) -> list[tuple[str, "BaseTunerLayer"]]:
+    """The layers of the base that have a LoRA, and their names."""
+    if not has_lora(model):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, layer) for name, layer in model.base.named_modules() if isinstance(layer, BaseTunerLayer)]
 
 
 def _copy(module: nn.Module) -> dict[str, Tensor]:
@@ -160,14 +176,10 @@ def merge(model: LinVTForConditionalGeneration) -> LinVTForConditionalGeneration
     """
     if has_lora(model) or model.trained_projector:
         model.name_or_path = model.base.name_or_path = ""  # these weights are no longer where they came from
+    for name, layer in _lora_layers(model):
+        layer.merge()
+        model.base.set_submodule(name, layer.get_base_layer())
     if has_lora(model):
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        for name, layer in list(model.base.named_modules()):
-            if isinstance(layer, BaseTunerLayer):
-                layer.merge()
-                model.base.set_submodule(name, layer.get_base_layer())
-        model.base._hf_peft_config_loaded = False
         del model.base.peft_config
     for name in ("video_tokenizer", *model.trained_projector):
         model.get_submodule(name).to(model.base.dtype)
