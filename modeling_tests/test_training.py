@@ -36,7 +36,7 @@ from linvt_hf.training import (
 )
 from linvt_hf.training import recipe as recipe_module
 from linvt_hf.training import trainer as trainer_module
-from linvt_hf.training.adapters import add_lora
+from linvt_hf.training.adapters import adapters_off, add_lora
 from linvt_hf.training.feature_cache import FeatureCache
 from linvt_hf.training.preparation import load_model, prepare
 from linvt_hf.training.settings import PRESETS, SettingsError
@@ -292,8 +292,8 @@ def test_the_base_drops_nothing_out():
     prepare(model, TrainingSettings(model="m", output="o", lora=LoraSettings(dropout=0.3)))
     inputs = encode(processor, chat(noise_video(), "What moves?"))
     model.train()
-    model.base.disable_adapters()
-    torch.testing.assert_close(model(**inputs).logits, logits(wrapped("mipha")[0], inputs))
+    with adapters_off(model):
+        torch.testing.assert_close(model(**inputs).logits, logits(wrapped("mipha")[0], inputs))
     assert any(module.p == 0.3 for name, module in model.named_modules() if "lora_dropout.default" in name)
     prepare(model, TrainingSettings(model="m", output="o"))  # nor does a LoRA that learns nothing
     assert not any(module.p for module in model.base.modules() if isinstance(module, torch.nn.Dropout))
