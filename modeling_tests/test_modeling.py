@@ -355,6 +355,32 @@ def test_a_conversation_goes_on_in_the_cache():
     assert torch.equal(greedy(model, whole, **{CACHE: cache}), fresh)
 
 
+@pytest.mark.parametrize(
+    ("name", "alone"),
+    [("internvl_qwen2", False), ("blip3", False), ("blip3", True), ("molmo", False), ("molmo", True)],
+)
+def test_a_cache_by_either_name(name, alone):
+    """transformers renamed it in 5.24; LinVT, and the models that transformers lacks, take both."""
+    from transformers import DynamicCache
+
+    model, processor = wrapped(name)
+    inputs = dict(encode(processor, chat("Hello") if alone else chat(noise_video(), "What moves?")))
+    model = model.base if alone else model
+    more = torch.tensor([[65, 66]])
+    whole = dict(inputs, input_ids=torch.cat([inputs["input_ids"], more], dim=1))
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    for key in ("token_type_ids", "mm_token_type_ids"):
+        if key in inputs:
+            whole[key] = torch.nn.functional.pad(inputs[key], (0, 2))
+    expected = logits(model, whole)[:, -2:]
+    for argument in ("cache", "past_key_values"):
+        cache = DynamicCache(config=model.config.get_text_config())
+        with torch.no_grad():
+            model(**inputs, **{argument: cache})
+            found = model(input_ids=more, attention_mask=whole["attention_mask"], **{argument: cache}).logits
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
 def test_beams_without_ids():
     model, processor = wrapped("internvl_qwen2")
     inputs = dict(encode(processor, chat(noise_video(), noise_video(3), "Which?")))
