@@ -5,8 +5,7 @@ stored, and with shorter windows to compare them in.
     python benchmarks/long_videos.py [--model FOLDER] [--videos 100] [--json results.json]
 
 Of a long video, 256 frames and 4,096 tokens, is asked what is there for a moment only; of a short one, 16 frames and
-256 tokens, all kinds of things. Videos are encoded before a question is known. "Right" is word for word, "right
-option" the likeliest of a question's options.
+256 tokens, all kinds of things. Videos are encoded before a question is known; right is word for word.
 """
 
 import argparse
@@ -27,14 +26,7 @@ SETTINGS = {
     + [(stored, frames) for frames in (64, 16) for stored in (4096, 512)],
     "video": [(256 // part, 16) for part in (1, 2, 4, 8)],
 }
-COLUMNS = {
-    "videos": "",
-    "questions": "d",
-    "stored": "d",
-    "window, frames": "d",
-    "right %": ".1f",
-    "right option %": ".1f",
-}
+COLUMNS = {"videos": "", "questions": "d", "stored": "d", "window, frames": "d", "right %": ".1f"}
 
 
 def main() -> None:
@@ -65,17 +57,14 @@ def questions(file: Path, count: int) -> dict[Path, list[dict]]:
 
 
 def score(pipeline: VideoQuestionAnsweringPipeline, asked: dict[Path, list[dict]], frames: int) -> dict[str, float]:
-    right, chosen = [], []
+    right = []
     for video, records in asked.items():
         encoded = pipeline.model.encode_video(pipeline.processor.stream(video, num_frames=frames))
         inputs = [{"video": encoded, "question": record["messages"][0]["content"][1]["text"]} for record in records]
         truths = [record["messages"][1]["content"][0]["text"] for record in records]
         answers = pipeline(inputs, batch_size=len(inputs), max_new_tokens=8)
         right += [answer[0]["answer"] == truth for answer, truth in zip(answers, truths, strict=True)]
-        for one, record, truth in zip(inputs, records, truths, strict=True):
-            if record["options"]:
-                chosen.append(pipeline(one, choices=record["options"])[0]["answer"] == truth)
-    return {f"{name} %": 100 * sum(those) / len(those) for name, those in (("right", right), ("right option", chosen))}
+    return {"right %": 100 * sum(right) / len(right)}
 
 
 if __name__ == "__main__":

@@ -194,19 +194,41 @@ def test_choices(name):
     assert answers == sorted(answers, key=lambda answer: -answer["score"])
     prompt = encode(processor, chat(VIDEOS[0], "What is it?"))
     for answer in answers:
-        # Every prompt here ends in a newline or a colon; an option follows a colon after a space.
-        ends = processor.tokenizer.decode(prompt["input_ids"][0, -1:]).isspace()
-        ids = processor.tokenizer(("" if ends else " ") + answer["answer"], add_special_tokens=False)["input_ids"]
-        total, inputs = 0.0, dict(prompt)
-        for token in ids:  # one step at a time, without a cache
-            with torch.no_grad():
-                total += float(model(**inputs).logits[0, -1].log_softmax(dim=-1)[token])
-            inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], dim=1)
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            if "token_type_ids" in inputs:
-                kind = torch.tensor([[model.image_llm.answer_token_type]])
-                inputs["token_type_ids"] = torch.cat([inputs["token_type_ids"], kind], dim=1)
-        assert answer["log_likelihood"] == pytest.approx(total / len(ids), abs=1e-4)
+        steps = log_probabilities(model, processor, prompt, answer["answer"])
+        assert answer["log_likelihood"] == pytest.approx(sum(steps[:-1]) / len(steps[:-1]), abs=1e-4)
+
+
+def log_probabilities(model, processor, prompt, option) -> list[float]:
+    """Of an option's tokens, and of the answer's end after them, one step at a time and without a cache."""
+    # Every prompt here ends in a newline or a colon; an option follows a colon after a space.
+    ends = processor.tokenizer.decode(prompt["input_ids"][0, -1:]).isspace()
+    ids = processor.tokenizer(("" if ends else " ") + option, add_special_tokens=False)["input_ids"]
+    stops = model.generation_config.eos_token_id
+    steps, inputs = [], dict(prompt)
+    for wanted in [*([token] for token in ids), [stops] if isinstance(stops, int) else stops]:
+        with torch.no_grad():
+            steps.append(float(model(**inputs).logits[0, -1].softmax(dim=-1)[wanted].sum().log()))
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([wanted[:1]])], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if "token_type_ids" in inputs:
+            kind = torch.tensor([[model.image_llm.answer_token_type]])
+            inputs["token_type_ids"] = torch.cat([inputs["token_type_ids"], kind], dim=1)
+    return steps
+
+
+@pytest.mark.parametrize("stops", [2, [2, 7]])
+@pytest.mark.parametrize("image", [False, True])
+def test_an_option_that_begins_another(stops, image, monkeypatch):
+    """Whoever wants to say the longer one says the shorter one first: only the end tells them apart."""
+    pipe = pipe_of("internvl_qwen2")
+    model, processor = wrapped("internvl_qwen2")
+    monkeypatch.setattr(model.generation_config, "eos_token_id", stops)
+    before = [Image.fromarray(VIDEOS[0][0])] if image else []
+    messages = chat(*before, VIDEOS[0], "Where?")
+    prompt = encode(processor, messages)
+    for answer in pipe({"messages": messages}, choices=["left", "left of it", "right"]):
+        steps = log_probabilities(model, processor, prompt, answer["answer"])
+        assert answer["log_likelihood"] == pytest.approx(sum(steps) / len(steps), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", [*NAMED, "llava", "gemma3", "paligemma"])

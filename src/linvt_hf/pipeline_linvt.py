@@ -89,7 +89,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
 
     Each input gives a list of dicts: `{"answer": text}`, one for each returned sequence; with `choices` one for each
     option, best first, with `score`, the options' probabilities (they sum to 1), and `log_likelihood`, the mean over
-    the option's tokens of their log-probability after the prompt, from whose softmax the scores come. With
+    the option's tokens of their log-probability after the prompt, from whose softmax the scores come. Where one option
+    begins another, as "left" does "left of it", the end of the answer counts as one more token of each. With
     `return_frame_times=True` each dict has `frame_times` too: of each of the input's videos the seconds of the frames
     that were seen, None where nobody knows them.
 
@@ -313,20 +314,21 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         """The options of one input, best first. Its videos are encoded once; its options run as one batch."""
         if isinstance(options, str):
             raise ValueError(f"choices must be a list of options, not one text: {options!r}.")
+        nested = any(one != other and other.startswith(one) for one in options for other in options)
         features.pop("labels", None)  # some bases' processors add them
         videos = self.model.take_video_inputs(features)
         if videos:
             features["video_embeds"] = self.model.get_video_features(**videos).pooler_output
         if features.keys() <= _ROW_INPUTS:
-            scores = self._log_likelihoods(features, options)
+            scores = self._log_likelihoods(features, options, nested)
         else:  # an image is no row of the batch, and cannot be repeated for each option like one
-            scores = torch.cat([self._log_likelihoods(dict(features), [option]) for option in options])
+            scores = torch.cat([self._log_likelihoods(dict(features), [option], nested) for option in options])
         rows = zip(options, scores.softmax(dim=0).tolist(), scores.tolist(), strict=True)
         answers = [{"answer": option, "score": share, "log_likelihood": score} for option, share, score in rows]
         return sorted(answers, key=lambda answer: answer["score"], reverse=True)
 
-    def _log_likelihoods(self, features: dict, options: list[str]) -> Tensor:
-        """Mean log-probability of each option's tokens after the prompt, [K] float32."""
+    def _log_likelihoods(self, features: dict, options: list[str], to_the_end: bool = False) -> Tensor:
+        """Mean log-probability of each option's tokens after the prompt, and of the answer's end if asked for, [K]."""
         input_ids = features.pop("input_ids")  # [1, S]
         # An option stands after the prompt as it would in running text.
         space = "" if self.tokenizer.decode(input_ids[0, -1:])[-1:].isspace() else " "
@@ -343,8 +345,14 @@ class VideoQuestionAnsweringPipeline(Pipeline):
                 inputs[name] = torch.cat([inputs[name], answer_type], dim=1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], real.to(inputs["attention_mask"])], dim=1)
         logits = self.model(torch.cat([input_ids, ids], dim=1), **inputs, logits_to_keep=ids.shape[1] + 1).logits
-        chosen = logits[:, :-1].float().log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]  # [K, L]
-        return (chosen * real).sum(dim=1) / real.sum(dim=1)
+        log_probability = logits.float().log_softmax(dim=-1)  # [K, L + 1, vocabulary]
+        chosen = log_probability[:, :-1].gather(2, ids[..., None])[..., 0]  # [K, L]
+        total, count = (chosen * real).sum(dim=1), real.sum(dim=1)
+        stops = self.model.generation_config.eos_token_id
+        if to_the_end and stops is not None:
+            after = log_probability[torch.arange(len(ids), device=ids.device), count.long()]  # [K, vocabulary]
+            total, count = total + after[:, torch.tensor(stops).reshape(-1)].logsumexp(dim=1), count + 1
+        return total / count
 
     # ---- answers ----
 

@@ -111,7 +111,7 @@ def inject_lora(model: LinVTForConditionalGeneration, settings: "LoraConfig") ->
         raise ValueError("The model has a LoRA already; merge(model) first.")
     from peft import inject_adapter_in_model
 
-    # Not transformers' `add_adapter`, which from 5.24 on asks for a version of PEFT that is not out.
+    # Not by `add_adapter` of transformers, whose version 5.24 asks for PEFT 0.22 before there is one.
     inject_adapter_in_model(settings, model.base, ADAPTER)
     for name, parameter in model.base.named_parameters():
         if ".lora_" in name:
