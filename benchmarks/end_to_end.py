@@ -6,7 +6,6 @@ A wrapped image-LLM from frames to words: what each stage costs, and how it grow
     python benchmarks/end_to_end.py batches      # several videos and questions at a time
     python benchmarks/end_to_end.py lengths      # long videos, encoded some frames at a time
     python benchmarks/end_to_end.py encoder      # the vision encoder, and ways to make it cheaper
-    python benchmarks/end_to_end.py compiled     # the first and a further question, with one part more compiled a row
     python benchmarks/end_to_end.py frames --base qwen2_vl_7b --device cuda --dtype bfloat16 --json FILE
 
 Real architectures with random weights, since time and memory do not depend on their values; frames are random pixels
@@ -97,26 +96,6 @@ def encoder(bench: Bench, counts: list[int], most: int) -> Iterator[dict]:
             yield {"frames": count, "way": way, "encoding s": taken, "times faster": rows["as it is"] / taken}
 
 
-def compiled(bench: Bench, counts: list[int], most: int) -> Iterator[dict]:
-    """A short prompt waits for the starting of kernels. Each row compiles one part more than the row before."""
-    bench.use("LinVT")
-    for part in ("nothing", *bench.parts):
-        if part != "nothing":
-            bench.parts[part]()
-        for count in counts:
-            pixels, inputs = bench.frames(count), {**bench.videos([count]), **bench.prompt(bench.video_tokens)}
-            prompt = {**bench.prompt(bench.video_tokens), **bench.question()}
-            asked = {**prompt, "encoded_videos": [bench.model.encode_video(Film(bench, count))]}
-            row = {"frames": count, "compiled": part if part == "nothing" else f"+ {part}"}
-            row["encoding s"] = bench.seconds(lambda: bench.encode(pixels), warm_up=3)  # noqa: B023
-            row["first token s"] = bench.seconds(lambda: bench.answer(inputs), warm_up=3)  # noqa: B023
-            row["further s"] = bench.seconds(lambda: bench.answer(asked), warm_up=3)  # noqa: B023
-            row["first token / encoding"] = row["first token s"] / row["encoding s"]
-            row["times faster"] = row["first token s"] / row["further s"]
-            more = bench.seconds(lambda: bench.answer(asked, 17), warm_up=3)  # noqa: B023
-            yield {**row, "tokens/s": 16 / (more - row["further s"])}
-
-
 def batches(bench: Bench, counts: list[int], most: int) -> Iterator[dict]:
     """So many videos of 24 to 40 frames, each with a question, and 32 new tokens for each."""
     bench.use("LinVT")
@@ -177,20 +156,6 @@ TABLES = {
         encoder,
         [64, 256],
         {"frames": "d", "way": "", "encoding s": ".3f", "times faster": ".2f"},
-    ),
-    "compiled": (
-        compiled,
-        [64, 256],
-        {
-            "frames": "d",
-            "compiled": "",
-            "encoding s": ".3f",
-            "first token s": ".3f",
-            "first token / encoding": ".2f",
-            "further s": ".4f",
-            "times faster": ".1f",
-            "tokens/s": ".1f",
-        },
     ),
     "batches": (
         batches,

@@ -163,21 +163,6 @@ class Bench:
         count = len(inputs.get("image_grid_thw", pixels))
         return self.model.image_llm.encode_frames(self.model.base, pixels, inputs, count, self.chunk)
 
-    @property
-    def parts(self) -> dict[str, Callable[[], None]]:
-        """What compiles the parts of the model, for good."""
-
-        def linvt():
-            settings = {"mode": "reduce-overhead", "dynamic": True}
-            self.tokenizer.compile(**settings)
-            self.tokenizer.condense = torch.compile(self.tokenizer.condense, **settings)
-
-        return {
-            "language model": lambda: self.model.base.get_decoder().compile(dynamic=True),
-            "LinVT": linvt,
-            "encoder": lambda: self.model.base.get_encoder("image").compile(),
-        }
-
     @contextmanager
     def compiled_encoder(self) -> Iterator[None]:
         vision = self.model.base.model.visual if self.qwen else self.model.base.model.vision_tower
