@@ -6,6 +6,7 @@ A wrapped image-LLM from frames to words: what each stage costs, and how it grow
     python benchmarks/end_to_end.py batches      # several videos and questions at a time
     python benchmarks/end_to_end.py lengths      # long videos, encoded some frames at a time
     python benchmarks/end_to_end.py encoder      # the vision encoder, and ways to make it cheaper
+    python benchmarks/end_to_end.py compiled     # the first and a further question, and words, after model.compile()
     python benchmarks/end_to_end.py frames --base qwen2_vl_7b --device cuda --dtype bfloat16 --json FILE
 
 Real architectures with random weights, since time and memory do not depend on their values; frames are random pixels
@@ -15,6 +16,7 @@ token is that of `generate` with one new token. Memory is what a run takes besid
 
 import argparse
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,6 +98,33 @@ def encoder(bench: Bench, counts: list[int], most: int) -> Iterator[dict]:
             yield {"frames": count, "way": way, "encoding s": taken, "times faster": rows["as it is"] / taken}
 
 
+def compiled(bench: Bench, counts: list[int], most: int) -> Iterator[dict]:
+    """A short prompt waits for kernels to be started, of which there are fewer after `model.compile()`."""
+    bench.use("LinVT")
+    for way in ("as it is", "compiled"):
+        if way == "compiled":
+            bench.model.compile()
+        for count in counts:
+            pixels, inputs = bench.frames(count), {**bench.videos([count]), **bench.prompt(bench.video_tokens)}
+            prompt = {**bench.prompt(bench.video_tokens), **bench.question()}
+            asked = {**prompt, "encoded_videos": [bench.model.encode_video(Film(bench, count))]}
+            row = {"frames": count, "way": way}
+            began = time.perf_counter()
+            bench.answer(asked)
+            bench.answer(inputs)
+            row["first runs s"] = time.perf_counter() - began
+            row["encoding s"] = bench.seconds(lambda: bench.encode(pixels))  # noqa: B023
+            row["first token s"] = bench.seconds(lambda: bench.answer(inputs))  # noqa: B023
+            row["further s"] = bench.seconds(lambda: bench.answer(asked))  # noqa: B023
+            row["first token / encoding"] = row["first token s"] / row["encoding s"]
+            row["times faster"] = row["first token s"] / row["further s"]
+            yield row  # may be cut off before what comes next
+            began = time.perf_counter()
+            bench.answer(asked, 17)
+            row["first words s"] = time.perf_counter() - began
+            row["tokens/s"] = 16 / (bench.seconds(lambda: bench.answer(asked, 17)) - row["further s"])  # noqa: B023
+
+
 def batches(bench: Bench, counts: list[int], most: int) -> Iterator[dict]:
     """So many videos of 24 to 40 frames, each with a question, and 32 new tokens for each."""
     bench.use("LinVT")
@@ -156,6 +185,22 @@ TABLES = {
         encoder,
         [64, 256],
         {"frames": "d", "way": "", "encoding s": ".3f", "times faster": ".2f"},
+    ),
+    "compiled": (
+        compiled,
+        [64, 256],
+        {
+            "frames": "d",
+            "way": "",
+            "encoding s": ".3f",
+            "first token s": ".3f",
+            "first token / encoding": ".2f",
+            "further s": ".4f",
+            "times faster": ".1f",
+            "tokens/s": ".1f",
+            "first runs s": ".0f",
+            "first words s": ".0f",
+        },
     ),
     "batches": (
         batches,

@@ -165,7 +165,7 @@ class Bench:
 
     @contextmanager
     def compiled_encoder(self) -> Iterator[None]:
-        vision = self.model.base.model.visual if self.qwen else self.model.base.model.vision_tower
+        vision = self.model.base.get_encoder("image")
         vision.compile()
         try:
             yield

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from test_frames_to_pixels import PUBLISHED, frames_of
 from test_frames_to_pixels import published as published_processor
 from test_originals import published
 from tiny_bases import NAMED
-from tiny_models import TINY_LINVT, chat, encode, noise_video, wrapped
+from tiny_models import TINY_LINVT, between_frames_and_words, chat, encode, noise_video, wrapped
 from training_data import losses, recipe
 from transformers import TrainerCallback
 
@@ -66,6 +67,24 @@ def test_compiled_generation(name, tmp_path):
     assert torch.equal(
         gpu.generate(**inputs, cache_implementation="static", **settings), gpu.generate(**inputs, **settings)
     )
+
+
+@contextmanager
+def no_waiting():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_nothing_waits_for_the_frames(name, tmp_path):
+    gpu = on_gpu(name, tmp_path)
+    _, processor = wrapped(name)
+    inputs = {key: value.cuda() for key, value in encode(processor, *CHATS).items()}
+    with between_frames_and_words(gpu, no_waiting()):
+        gpu.generate(**inputs, max_new_tokens=3, do_sample=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,12 +1,14 @@
 """The wrapped model, each base in turn: videos, images and texts through one path."""
 
 import copy
+import traceback
 
 import pytest
 import torch
 from PIL import Image
 from tiny_bases import NAMED, TINY_LINVT, UNNAMED
-from tiny_models import base_folder, chat, encode, noise_video, wrapped
+from tiny_models import base_folder, between_frames_and_words, chat, encode, noise_video, wrapped
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
 
 from linvt_hf import LinVTConfig, LinVTForConditionalGeneration, wrap
@@ -18,6 +20,7 @@ every_base = pytest.mark.parametrize("name", ALL)
 IMAGE, OTHER_IMAGE = (Image.fromarray(frame) for frame in noise_video(2, seed=7))
 # Sums run in another order in a batch, with a cache, or in another kernel.
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+MIXED = (chat(noise_video(3, seed=1), "Who?"), chat(noise_video(9, seed=2), "What is the colour of what moves?"))
 
 
 def images_work(name: str) -> None:
@@ -252,6 +255,48 @@ def test_compiled(name):
         inputs["video_embeds"] = model.get_video_features(**model.take_video_inputs(inputs)).pooler_output
         compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(**inputs).logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["internvl_qwen2", "molmo"])
+def test_compiled_in_parts(name):
+    """The same answers; and after three lengths of videos and questions, others compile nothing anew."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, processor = copy.deepcopy(wrapped(name))
+    asked = [
+        encode(processor, chat(noise_video(frames), "what " * words), num_frames=frames)
+        for frames, words in [(4, 3), (7, 5), (10, 9), (5, 4), (9, 7), (12, 11)]
+    ]
+    expected = [greedy(model, inputs) for inputs in (*asked, encode(processor, *MIXED))]
+    model.compile(backend="eager")
+    graphs, found = [], []
+    # So small, a video may have as many tokens as a question words, and torch would take that for a rule.
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        for inputs in asked:
+            found.append(greedy(model, inputs))
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[2] == graphs[-1] > 0, graphs
+    found.append(greedy(model, encode(processor, *MIXED)))
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(greedy(copy.deepcopy(model), asked[0]), expected[0])
+
+
+@every_base
+def test_nothing_waits_for_the_frames(name):
+    """Between the vision encoder and the language model nothing reads a number that a GPU has yet to find."""
+    model, processor = wrapped(name)
+    inputs = encode(processor, *MIXED)
+    waits = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                waits.append("".join(traceback.format_stack(limit=8)))
+            return function(*args, **(kwargs or {}))
+
+    with between_frames_and_words(model, Watch()):
+        greedy(model, inputs)
+    assert not waits, waits[0]
 
 
 def test_lora():

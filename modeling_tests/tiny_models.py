@@ -2,6 +2,7 @@
 
 import functools
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -66,3 +67,28 @@ def encode(processor: LinVTProcessor, *chats, add_generation_prompt: bool = True
         return_tensors="pt",
         processor_kwargs=processor_kwargs,
     )
+
+
+@contextmanager
+def between_frames_and_words(model, context):
+    """Enters `context` when the vision encoder has its frames, and leaves it when the language model is called."""
+    encode_frames, entered = model.image_llm.encode_frames, []
+
+    def encoded(*args):
+        tokens = encode_frames(*args)
+        entered.append(context.__enter__())
+        return tokens
+
+    def leave(*_):
+        if entered:
+            entered.clear()
+            context.__exit__(None, None, None)
+
+    model.image_llm.encode_frames = encoded
+    hook = model.base.register_forward_pre_hook(leave)
+    try:
+        yield
+    finally:
+        leave()
+        hook.remove()
+        del model.image_llm.encode_frames

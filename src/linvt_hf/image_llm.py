@@ -8,7 +8,6 @@ lacks has its own modeling file, listed in `OWN_MODELS`.
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -89,26 +88,21 @@ class ImageLLM:
             frame_inputs: what that processor gave beside them, one entry a frame, under the base's own names.
         Returns one tensor [N, D] a frame.
         """
-        tokens: list[Tensor] = []
-        # A vision encoder that a device_map has offloaded takes its inputs from anywhere.
-        device = pixel_values.device if base.device.type == "meta" else base.device
-        for pixels, inputs in self._chunks(pixel_values, frame_inputs, num_frames, chunk):
-            pixels = pixels.to(device, base.dtype, non_blocking=True)
-            inputs = {name: value.to(device) for name, value in inputs.items()}
-            tokens.extend(self.features(base, pixels, **inputs))
-        return tokens
-
-    def _chunks(self, pixel_values, frame_inputs, num_frames, chunk) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         rows = self.rows_per_frame(frame_inputs, num_frames)
         if sum(rows) != len(pixel_values):
             raise ValueError(
                 f"pixel_values_videos has {len(pixel_values)} rows, but num_frames asks for {sum(rows)}; pass both as "
                 "the processor gave them."
             )
-        pixels = pixel_values.split([sum(rows[start : start + chunk]) for start in range(0, num_frames, chunk)])
-        for index, part in enumerate(pixels):
-            frames = slice(index * chunk, (index + 1) * chunk)
-            yield part, {name: value[frames] for name, value in frame_inputs.items()}
+        # A vision encoder that a device_map has offloaded takes its inputs from anywhere.
+        device = pixel_values.device if base.device.type == "meta" else base.device
+        inputs = {name: value.to(device) for name, value in frame_inputs.items()}  # at once, since each copy waits
+        tokens: list[Tensor] = []
+        parts = pixel_values.split([sum(rows[start : start + chunk]) for start in range(0, num_frames, chunk)])
+        for index, pixels in enumerate(parts):
+            beside = {name: value[index * chunk : (index + 1) * chunk] for name, value in inputs.items()}
+            tokens.extend(self.features(base, pixels.to(device, base.dtype, non_blocking=True), **beside))
+        return tokens
 
 
 class Qwen2VL(ImageLLM):

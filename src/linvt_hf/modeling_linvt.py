@@ -83,6 +83,19 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
             logger.warning(lost)
         return model
 
+    def compile(self, **settings) -> None:
+        """
+        Compiles the parts that videos and words go through, each by itself, for good. Answers are the same; the first
+        take longer, up to minutes.
+
+        Args:
+            settings: of `torch.compile`; "dynamic" is True by default, so that a new length compiles nothing anew.
+        """
+        tokenizer = self.video_tokenizer
+        parts = [self.base.get_encoder("image"), tokenizer.question, *tokenizer.scorer.layers, tokenizer.scorer]
+        for part in (*parts, tokenizer.aggregator, self.base.get_decoder()):
+            part.compile(**{"dynamic": True, **settings})
+
     # ---- the base's parts ----
 
     def get_input_embeddings(self):
@@ -111,12 +124,13 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
         token = torch.tensor(self.config.video_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
 
-    def _embed(self, input_ids, inputs_embeds, video_embeds: Tensor, cached: int) -> Tensor:
-        """The prompt's embeddings, [B, S, D], with the videos' tokens in their places."""
-        placeholder = self._placeholders(input_ids, inputs_embeds)
+    def _embed(
+        self, input_ids, inputs_embeds, video_embeds: Tensor, places: Tensor, found: int | None, cached: int
+    ) -> Tensor:
+        """The prompt's embeddings, [B, S, D], with the videos' tokens in their `found` places."""
         embeds = inputs_embeds if input_ids is None else self.get_input_embeddings()(input_ids)
-        places, tokens = placeholder.to(embeds.device), video_embeds.flatten(0, 1).to(embeds)
-        if not torch.compiler.is_compiling() and (found := int(places.sum())) != len(tokens):
+        places, tokens = places.to(embeds.device), video_embeds.flatten(0, 1).to(embeds)
+        if found is not None and found != len(tokens):
             if cached and found < len(tokens) and len(places) == 1:
                 tokens = tokens[len(tokens) - found :]  # the videos before are in the cache already
             else:
@@ -200,22 +214,26 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
         kept = named_cache(cache, past_key_values)
         frame_inputs = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(FRAME_PREFIX)}
         forms = (pixel_values_videos, frame_features, encoded_videos)
-        if video_embeds is None and any(form is not None for form in forms):
-            video_embeds = self.get_video_features(
-                pixel_values_videos,
-                num_frames,
-                frame_times,
-                question_ids,
-                question_mask,
-                frame_features=frame_features,
-                encoded_videos=encoded_videos,
-                **frame_inputs,
-            ).pooler_output
-        if video_embeds is not None:
-            cached = 0 if kept[CACHE] is None else kept[CACHE].get_seq_length()
-            inputs_embeds = self._embed(input_ids, inputs_embeds, video_embeds, cached)
+        if video_embeds is not None or any(form is not None for form in forms):
+            # First what is read from the device, which would wait for the frames: with them on their way, the language
+            # model's kernels are started while they are encoded.
+            places = self._placeholders(input_ids, inputs_embeds)
+            found = None if torch.compiler.is_compiling() else int(places.sum())
             if position_ids is None and input_ids is not None:
                 position_ids = self._positions(input_ids, attention_mask, {**kept, **kwargs})
+            if video_embeds is None:
+                video_embeds = self.get_video_features(
+                    pixel_values_videos=pixel_values_videos,
+                    num_frames=num_frames,
+                    frame_times=frame_times,
+                    question_ids=question_ids,
+                    question_mask=question_mask,
+                    frame_features=frame_features,
+                    encoded_videos=encoded_videos,
+                    **frame_inputs,
+                ).pooler_output
+            cached = 0 if kept[CACHE] is None else kept[CACHE].get_seq_length()
+            inputs_embeds = self._embed(input_ids, inputs_embeds, video_embeds, places, found, cached)
             input_ids = None
         output = self.base(
             input_ids=input_ids,
@@ -262,12 +280,16 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
-        """`GenerationMixin.generate` with videos: they are encoded once, before beams or samples are spread."""
+        """`GenerationMixin.generate` with videos: they are encoded once, in the first forward."""
         videos = self.take_video_inputs(kwargs)
         if videos and kwargs.get("video_embeds") is None:
-            kwargs["video_embeds"] = self.get_video_features(**videos).pooler_output
+            settings = kwargs.get("generation_config") or self.generation_config
+            if kwargs.get("use_cache", settings.use_cache) is False:  # every forward needs them
+                kwargs["video_embeds"] = self.get_video_features(**videos).pooler_output
+            else:
+                kwargs["videos"] = videos
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        given = kwargs.get("video_embeds") is not None
+        given = any(kwargs.get(name) is not None for name in ("videos", "video_embeds"))
         cached = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
         if given and kwargs.get("prefill_chunk_size") is not None:
             raise ValueError("prefill_chunk_size does not work with videos; leave it out.")
@@ -276,7 +298,14 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
-        self, input_ids, inputs_embeds=None, video_embeds=None, is_first_iteration=False, use_cache=True, **kwargs
+        self,
+        input_ids,
+        inputs_embeds=None,
+        videos=None,
+        video_embeds=None,
+        is_first_iteration=False,
+        use_cache=True,
+        **kwargs,
     ):
         model_inputs = self.base.prepare_inputs_for_generation(
             input_ids,
@@ -285,8 +314,9 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
             use_cache=use_cache,
             **kwargs,
         )
-        if video_embeds is not None and (is_first_iteration or not use_cache):
-            model_inputs["video_embeds"] = video_embeds
+        if is_first_iteration or not use_cache:
+            given = {**(videos or {}), "video_embeds": video_embeds}
+            model_inputs.update({name: value for name, value in given.items() if value is not None})
         return model_inputs
 
     def _supports_mm_encoder_outputs(self):  # still images are encoded as the base does it, before beams
@@ -302,7 +332,9 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
         return self.base._update_model_kwargs_for_generation(*args, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        video_embeds = model_kwargs.pop("video_embeds", None)
+        videos, video_embeds = model_kwargs.pop("videos", None), model_kwargs.pop("video_embeds", None)
+        if videos is not None and expand_size > 1:  # once, before beams or samples are spread
+            videos, video_embeds = None, self.get_video_features(**videos).pooler_output
         if video_embeds is not None and expand_size > 1:
             ids = input_ids if input_ids is not None and input_ids.shape[1] else None
             places = self._placeholders(ids, model_kwargs.get("inputs_embeds"))
@@ -312,8 +344,8 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
         input_ids, model_kwargs = self.base._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if video_embeds is not None:
-            model_kwargs["video_embeds"] = video_embeds
+        given = {"videos": videos, "video_embeds": video_embeds}
+        model_kwargs.update({name: value for name, value in given.items() if value is not None})
         return input_ids, model_kwargs
 
     def _validate_model_kwargs(self, model_kwargs):

@@ -17,6 +17,7 @@ FRAMES_INPUTS = ("pixel_values_videos", "frame_features", "encoded_videos")  # a
 VIDEO_INPUTS = (*FRAMES_INPUTS, "num_frames", "frame_times", "question_ids", "question_mask")
 _SAME_SCORER = 0.05  # ours: bfloat16 differs from float32 by about 1 %
 FRAME_PREFIX = "frames_"  # what the base's image processor gave beside the pixels of the frames
+_SIZES = ("image_grid_thw", "image_sizes")  # of these, what tells how frames' tokens lie
 
 
 @dataclass
@@ -154,8 +155,12 @@ class VideoMixin:
             raise ValueError(f"{len(counts)} videos, but {len(question_ids)} rows of question_ids; give one a video.")
         inputs = {name.removeprefix(FRAME_PREFIX): value for name, value in frame_inputs.items()}
         num_tokens = inputs.pop("num_tokens", None)
+        sizes = {name: inputs[name].cpu() for name in _SIZES if name in inputs}
         device = self.device  # LinVT's, which comes first; a device_map may put the base on several, which take any
-        text = None if question_ids is None else self.get_input_embeddings()(question_ids.to(device))
+        # To the device before the frames, and sizes from there: a copy waits for all that was started.
+        text = None if question_ids is None else self.get_input_embeddings()(question_ids.to(device)).to(device)
+        question_mask = None if text is None or question_mask is None else question_mask.to(device)
+        frame_times = None if frame_times is None else frame_times.to(device)
         if encoded_videos is not None:
             return self._condense(encoded_videos, text, question_mask, output_weights)
         if frame_features is not None:
@@ -167,7 +172,7 @@ class VideoMixin:
             videos = features_per_frame(tokens, counts)  # V tensors [T, N, D]
             del tokens  # they were copied, and are the largest thing here
         starts = [sum(counts[:index]) for index in range(len(counts))]
-        grids = [self.image_llm.grid(v.shape[1], inputs, start) for v, start in zip(videos, starts, strict=True)]
+        grids = [self.image_llm.grid(v.shape[1], sizes, start) for v, start in zip(videos, starts, strict=True)]
 
         rows: list[tuple] = [()] * len(videos)
         # Videos whose frames have the same shape make one batch. Their lengths lie between two powers of two, so that
@@ -177,13 +182,12 @@ class VideoMixin:
             members = [index for index, other in enumerate(alike) if other == kind]
             grid = kind[0]
             lengths = [counts[index] for index in members]
-            chosen = torch.tensor(members, device=device)
             out = self.video_tokenizer(
                 _batch([videos[index] for index in members]).to(device),  # [B, T, N, D]
                 frame_mask=None if len(set(lengths)) == 1 else _mask(lengths, device),
-                frame_times=None if frame_times is None else frame_times.to(device)[chosen, : max(lengths)],
-                text_embeds=None if text is None else text.to(device)[chosen],
-                text_mask=None if text is None or question_mask is None else question_mask.to(device)[chosen],
+                frame_times=None if frame_times is None else _rows(frame_times, members)[:, : max(lengths)],
+                text_embeds=None if text is None else _rows(text, members),
+                text_mask=None if question_mask is None else _rows(question_mask, members),
                 output_weights=output_weights,
                 grid=grid,
             )
@@ -296,9 +300,15 @@ def _batch(videos: list[Tensor]) -> Tensor:
     return videos[0][None] if len(videos) == 1 else pad_sequence(videos, batch_first=True)
 
 
+def _rows(x: Tensor, numbers: list[int]) -> Tensor:
+    """Some rows of x; a list as index would make a GPU wait."""
+    return torch.stack([x[number] for number in numbers])
+
+
 def _mask(lengths: list[int], device: torch.device) -> Tensor:
-    """[B, max T], True for the first `lengths[b]` frames."""
-    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+    """[B, max T], True for the first `lengths[b]` frames; made without a copy to the device, which would wait."""
+    order = torch.arange(max(lengths), device=device)
+    return torch.stack([order < length for length in lengths])
 
 
 __all__ = ["FRAME_PREFIX", "VideoFeatures", "VideoMixin"]
