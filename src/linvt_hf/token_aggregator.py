@@ -4,7 +4,6 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -65,11 +64,12 @@ class TextConditionedAggregator(nn.Module):
 
     def _seen(self, mask: Tensor, counts: list[int]) -> Tensor:
         """What each query may read: of the K what is of its own scale, and the averages, which are of none."""
+        averages = mask.shape[1] - sum(counts)
         scale, block = (
             torch.cat([torch.full((count,), number, device=mask.device) for number, count in enumerate(sizes)])
-            for sizes in (self.config.queries_per_scale, counts)
+            for sizes in (self.config.queries_per_scale, [*counts, averages])
         )
-        own = F.pad(scale[:, None] == block, (0, mask.shape[1] - sum(counts)), value=True)
+        own = (scale[:, None] == block) | (block == len(counts))
         return own & mask[:, None]
 
     def _weigh(self, queries: Tensor, keys: Tensor, seen: Tensor, visual: Candidates) -> Tensor:
