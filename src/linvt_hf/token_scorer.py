@@ -32,7 +32,8 @@ class ScoringLayer(GradientCheckpointingLayer):
         batch, frames, places, _ = x.shape
         inside = rearrange(self.spatial_norm(x), "b t n d -> (b t) n d")
         x = x + rearrange(self.spatial(inside, inside), "(b t) n d -> b t n d", b=batch)
-        across = rearrange(self.temporal_norm(x), "b t n d -> (b n) t d")
+        # Laid out anew once, where each of three projections would do it for itself.
+        across = rearrange(self.temporal_norm(x), "b t n d -> (b n) t d").contiguous()
         mask = None if frame_mask is None else repeat(frame_mask, "b t -> (b n) t", n=places)
         x = x + rearrange(self.temporal(across, across, mask), "(b n) t d -> b t n d", b=batch)
         return x + self.feed_forward(x)
