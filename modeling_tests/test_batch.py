@@ -119,6 +119,23 @@ def test_options(videos, tmp_path):
         assert row["answer"] == ("circle", "star")[likeliest]
 
 
+def test_what_failed_is_asked_again(videos, tmp_path, capsys):
+    late = tmp_path / "late"
+    late.mkdir()
+    asked = ["batch", str(MODEL), str(late), "--questions", *QUESTIONS, "--num-frames", "4", "--max-new-tokens", "4"]
+    asked += ["--output", str(tmp_path / "out")]
+    (late / "0.mp4").write_bytes(b"still on its way")
+    assert main(asked) == 2
+    assert "None of 2 questions has an answer" in capsys.readouterr().err
+    (late / "0.mp4").write_bytes((videos / "0.mp4").read_bytes())
+    assert main(asked) == 2
+    assert main([*asked, "--retry"]) == 0
+    assert len(rows(tmp_path / "out", "answers")) == 2 and not rows(tmp_path / "out", "failed")
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.parquet")}
+    assert main([*asked, "--retry"]) == 0
+    assert {file: file.stat().st_mtime_ns for file in written} == written
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

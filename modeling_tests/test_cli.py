@@ -1,6 +1,8 @@
 """The `linvt` command as a user meets it."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -66,7 +68,6 @@ def test_choices(model, video, capsys):
     [
         (["ask", "{model}", "nosuch.mp4", "Who?"], "no video at nosuch.mp4"),
         (["ask", "{model}", "{video}", " "], "A question has no words"),
-        (["ask", "{model}", "{video}", "Who?", "--num-frames", "0"], "num_frames"),
         (["ask", "{base}", "{video}", "Who?"], "is a internvl model, not a LinVT one"),
         (["ask", "{model}", "{model}/config.json", "Who?"], "config.json"),
         (["wrap", "{base}", "{model}"], "not an empty folder"),
@@ -78,11 +79,19 @@ def test_choices(model, video, capsys):
         (["wrap", "{model}", "{new}"], "is a LinVT model or processor already"),
         (["wrap", "{base}", "{new}", "--num-frames", "0"], "num_frames must be at least 1"),
         (["ask", "no/such", "{video}", "Who?"], "no model at no/such"),
+        (["ask", "{empty}", "{video}", "Who?"], "that can be loaded: it holds no config.json"),
+        (["ask", "{damaged}", "{video}", "Who?"], "are cut short or damaged"),
+        (["serve", "{model}", "--port", "99999"], "--port is 99999; ports are 0 to 65535"),
         (["ask", "{model}", "{video}", "Who?", "--device", "nosuch"], "nosuch"),
     ],
 )
 def test_one_sentence_and_exit_status_2(arguments, message, model, video, tmp_path, capsys):
-    places = {"model": model, "video": video, "base": str(base_folder("internvl_qwen2")), "new": str(tmp_path / "new")}
+    places = {"model": model, "video": video, "base": str(base_folder("internvl_qwen2"))}
+    places |= {name: str(tmp_path / name) for name in ("new", "empty", "damaged")}
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(model, tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
     capsys.readouterr()
     assert main([argument.format(**places) for argument in arguments]) == 2
     errors = [
@@ -93,6 +102,25 @@ def test_one_sentence_and_exit_status_2(arguments, message, model, video, tmp_pa
     assert len(errors) == 1
     assert message in errors[0]
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ask", "m", "v", "Who?", "--num-frames", "0"],
+        ["ask", "m", "v", "Who?", "--fps", "0"],
+        ["batch", "m", "v", "--output", "o", "--batch-size", "-1"],
+        ["batch", "m", "v", "--output", "o", "--chunk", "0"],
+        ["eval", "m", "--tasks", "t", "--output", "o", "--batch-size", "0"],
+        ["serve", "m", "--batch-size", "two"],
+    ],
+)
+def test_counts_are_above_0(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    name, value = arguments[-2:]
+    assert re.search(f"argument {name}: {value} is no (whole )?number above 0", capsys.readouterr().err)
 
 
 def test_nobody_is_asked_to_trust_code(video, tmp_path, capsys, monkeypatch):

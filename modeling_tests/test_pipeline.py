@@ -10,7 +10,7 @@ from tiny_models import chat, encode, noise_video, wrapped
 from transformers import TextStreamer, pipeline
 from video_files import moving_square, write_video
 
-from linvt_hf import VideoQuestionAnsweringPipeline
+from linvt_hf import VideoQuestionAnsweringPipeline, pipeline_linvt
 from linvt_hf.video_index import VideoReadError
 from linvt_hf.video_reading import read_video
 
@@ -274,6 +274,10 @@ def test_by_name(tmp_path):
     assert isinstance(pipe, VideoQuestionAnsweringPipeline)
 
 
+def told(block):
+    return [{"role": "user", "content": [block, {"type": "text", "text": "Who?"}]}]
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
@@ -282,7 +286,17 @@ def test_by_name(tmp_path):
         ({}, "Nothing to answer"),
         ({"video": VIDEOS, "question": ["a", "b"]}, "3 videos, but 2 questions"),
         ({"video": VIDEOS[0], "question": ""}, "A question has no words"),
-        ({"inputs": {"video": VIDEOS[0]}}, "has a video but no question"),
+        ({"inputs": {"video": VIDEOS[0]}}, "An input holds 'video'; it is a dict with 'video' and 'question'"),
+        ({"inputs": {"video": VIDEOS[0], "question": "Who?", "fps": 1}}, "An input holds 'video', 'question', 'fps'"),
+        ({"inputs": {"videos": VIDEOS[0], "question": "Who?"}}, "An input holds 'videos', 'question'"),
+        ({"video": VIDEOS[0], "question": 3}, "A question is a text; got int 3"),
+        ({"inputs": {"video": VIDEOS[0], "question": ["Who?"]}}, "A question is a text; got list"),
+        ({"video": VIDEOS[0], "question": "Who?", "choices": []}, r"choices are texts, at least one; got \[\]"),
+        ({"video": VIDEOS[0], "question": "Who?", "choices": [1, 2]}, r"choices are texts, at least one; got \[1"),
+        ({"video": VIDEOS[0], "question": "Who?", "num_frames": "8"}, "num_frames must be at least 1 .*, not '8'"),
+        ({"video": VIDEOS[0], "question": "Who?", "num_frames": True}, "num_frames must be at least 1 .*, not True"),
+        ({"inputs": told({"type": "video_url", "video_url": {"url": "v.mp4"}})}, "a block of type 'video_url'; "),
+        ({"inputs": told({"video": "v.mp4"})}, "a block of no type; blocks are of type 'text', 'image', 'video'"),
         ({"video": VIDEOS[0], "question": "Who?", "choices": ["a", ""]}, "A choice has no words"),
         ({"video": VIDEOS[0], "question": "Who?", "choices": "red"}, "must be a list of options"),
         ({"inputs": "v.mp4"}, "Nothing to answer"),
@@ -292,3 +306,24 @@ def test_by_name(tmp_path):
 def test_one_sentence(inputs, message):
     with pytest.raises(ValueError, match=message):
         pipe_of()(**inputs)
+
+
+def test_a_part_of_a_video(tmp_path):
+    path, pipe = str(write_video(tmp_path / "v.mp4", moving_square(40))), pipe_of()
+    asked = {"video": path, "question": "Who?", "max_new_tokens": 1, "return_frame_times": True, "num_frames": 4}
+    whole = pipe(**asked)[0]["frame_times"][0]
+    part = pipe(**asked, videos_kwargs={"start": whole[1], "end": whole[3]})[0]["frame_times"][0]
+    assert len(part) == 4 and whole[1] <= min(part) and max(part) < whole[3]
+    assert pipe(**asked)[0]["frame_times"][0] == whole  # and not what was kept of the part
+    with pytest.raises(ValueError, match="videos_kwargs has begin; known are"):
+        pipe(**asked, videos_kwargs={"begin": 1})
+
+
+def test_a_prompt_longer_than_the_model_reads(monkeypatch):
+    pipe, said = pipe_of(), []
+    monkeypatch.setattr(pipeline_linvt.logger, "warning", said.append)
+    pipe(video=VIDEOS[0], question="Who?", max_new_tokens=1)
+    assert not said
+    monkeypatch.setattr(pipe.model.config.get_text_config(), "max_position_embeddings", 10)
+    pipe(video=VIDEOS[0], question="Who?", max_new_tokens=1)
+    assert "and the model reads 10: its answer means little" in said[0]

@@ -236,7 +236,12 @@ def test_what_cannot_be_encoded(files):
     model, processor = wrapped("internvl_qwen2")
     with pytest.raises(ValueError, match=r"A str cannot be encoded; give processor.stream\(video\)"):
         model.encode_video("film.mp4")
-    video = model.encode_video(processor.stream(noise_video(4)))
+    stream = processor.stream(noise_video(4))
+    video = model.encode_video(stream)
+    with pytest.raises(ValueError, match="gives its frames once, and one of these was read before"):
+        model.encode_video(stream)
+    with pytest.raises(FileNotFoundError, match="There is no folder no/such to save an encoded video in"):
+        video.save("no/such/v.safetensors")
     assert model.encode_video(processor.stream(video)) is video
     with pytest.raises(ValueError, match="1 of 2 videos are encoded and the others are not"):
         encode(processor, chat(video, "Who?"), chat(noise_video(4), "Who?"))

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 VIDEO_TOKEN = "<|linvt_video|>"
+_BLOCKS = ("text", "image", "video")
 
 # Goes before the base's own chat template: a video block becomes text that holds the video's placeholder, so that
 # every template can place it. Everything else reaches the base's template as it was.
@@ -103,9 +104,17 @@ def turn_marks(template: str, special_tokens: tuple) -> tuple[str, str]:
 
 
 def blocks_of(message: dict, kind: str) -> list[dict]:
-    """A message's blocks of one type; none of a message that is plain text."""
+    """
+    A message's blocks of one type; none of a message that is plain text. Raises `ValueError` for a block of a type
+    that templates would leave out without a word, and the model would answer without.
+    """
     content = message.get("content")
-    return [] if not content or isinstance(content, str) else [block for block in content if block["type"] == kind]
+    blocks = [] if not content or isinstance(content, str) else list(content)
+    for block in blocks:
+        if not isinstance(block, dict) or block.get("type") not in _BLOCKS:
+            told = f"type {block['type']!r}" if isinstance(block, dict) and "type" in block else "no type"
+            raise ValueError(f"A message holds a block of {told}; blocks are of type {', '.join(map(repr, _BLOCKS))}.")
+    return [block for block in blocks if block["type"] == kind]
 
 
 def videos_of(messages: list[dict]) -> list[Any]:

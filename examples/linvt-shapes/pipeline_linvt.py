@@ -1,7 +1,7 @@
 """The `video-question-answering` pipeline: videos and questions in, answers out."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,16 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, get_worker_info
 from transformers import BatchFeature, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+from transformers.utils import logging
 
 from .chat_templates import videos_of, with_videos
 from .encoded_video import EncodedVideo, PixelStream
 from .explanation import Explanation, explain
 from .video_reading import is_one_video
 
-_SAMPLING = ("num_frames", "fps")
+logger = logging.get_logger(__name__)
+
+_SAMPLING = ("num_frames", "fps", "videos_kwargs")
 _STAY = ("pixel_values_videos", "num_frames")
 # Inputs of which a sample has one row.
 _ROW_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "video_embeds"}
@@ -46,6 +49,21 @@ class _Videos:
     def kept(self) -> set[tuple]:
         """The last, for the next batch: only a file that is as it was is sure to be the same video at another time."""
         return {key for key in self.keys[-1:] if isinstance(key[0], tuple)}
+
+
+def _wrong_keys(inputs: dict) -> str | None:
+    """What is wrong with an input that is a dict; None if nothing is."""
+    forms = ({"video", "question", "choices"}, {"messages", "choices"})
+    if any(inputs.keys() <= form and form - {"choices"} <= inputs.keys() for form in forms):
+        return None
+    return (
+        f"An input holds {', '.join(map(repr, inputs)) or 'nothing'}; it is a dict with 'video' and 'question', or "
+        "with 'messages', and perhaps 'choices', or a chat."
+    )
+
+
+def _no_question(question: Any) -> str:
+    return f"A question is a text; got {type(question).__name__} {question!r}."
 
 
 def _begun(work: Callable[[], dict | None]) -> Future:
@@ -115,6 +133,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         self,
         num_frames=None,
         fps=None,
+        videos_kwargs=None,
         questions=None,
         question_turn=None,
         choices=None,
@@ -123,7 +142,13 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         return_frame_times=None,
         **generate_kwargs,
     ):
-        reading = {"num_frames": num_frames, "fps": fps, "questions": questions, "question_turn": question_turn}
+        reading = {
+            "num_frames": num_frames,
+            "fps": fps,
+            "videos_kwargs": videos_kwargs,
+            "questions": questions,
+            "question_turn": question_turn,
+        }
         reading = {name: value for name, value in reading.items() if value is not None}
         preprocess = reading if choices is None else {"choices": choices, **reading}
         forward = {**reading, **generate_kwargs}
@@ -139,7 +164,9 @@ class VideoQuestionAnsweringPipeline(Pipeline):
                 "video", or a dict with it as `messages` and perhaps `choices`; a list, generator or dataset of these.
                 Or a video, with `question` beside it.
             video, question: one of each, or one question for several videos, or as many of both.
-            num_frames, fps: how the videos are sampled, instead of the processor's defaults.
+            num_frames, fps: how the videos are sampled, instead of the processor's defaults; with `fps`, `num_frames`,
+                or its default, is the most that are read.
+            videos_kwargs: further arguments of `read_video`, such as `start` and `end`, seconds, or `on_error`.
             choices: options to choose from.
             questions: False for answers to prompts without words, whose videos are then condensed without a question.
             question_turn: which of a chat's turns conditions its videos: "newest" (default), or "first".
@@ -154,6 +181,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             raise ValueError("Give both video= and question=; one of them is missing.")
         if video is not None:
             videos = [video] if is_one_video(video) else list(video)
+            if not isinstance(question, Iterable):
+                raise ValueError(_no_question(question))
             questions = [question] * len(videos) if isinstance(question, str) else list(question)
             if len(videos) == 1 and len(questions) > 1:
                 videos = videos * len(questions)
@@ -181,9 +210,11 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     # ---- one input ----
 
     def preprocess(self, inputs, choices=None, **reading):
+        if isinstance(inputs, dict) and (wrong := _wrong_keys(inputs)):
+            raise ValueError(wrong)
         if isinstance(inputs, dict) and "video" in inputs:
-            if "question" not in inputs:
-                raise ValueError("An input has a video but no question.")
+            if not isinstance(inputs["question"], str):
+                raise ValueError(_no_question(inputs["question"]))
             choices = inputs.get("choices", choices)
             content = [{"type": "video", "video": inputs["video"]}, {"type": "text", "text": inputs["question"]}]
             messages = [{"role": "user", "content": content}]
@@ -191,6 +222,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             choices, messages = inputs.get("choices", choices), inputs["messages"]
         else:  # the base class makes a Chat of what looks like one
             messages = getattr(inputs, "messages", inputs)
+        if choices is not None and (not len(choices) or not all(isinstance(option, str) for option in choices)):
+            raise ValueError(f"choices are texts, at least one; got {choices!r}.")
         if get_worker_info() is None:
             return {"messages": messages, "choices": [choices]}
         # In a process of its own a video is read whole, to be sent to this one.
@@ -245,6 +278,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         model_inputs,
         num_frames=None,
         fps=None,
+        videos_kwargs=None,
         questions=None,
         question_turn=None,
         progress=None,
@@ -255,7 +289,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         items, choices = model_inputs.get("items", [model_inputs]), model_inputs["choices"]
         videos = model_inputs.get("videos")
         if videos is None:
-            videos = self._open(items, {"num_frames": num_frames, "fps": fps}, set(self._last), self._last)
+            sampling = dict(zip(_SAMPLING, (num_frames, fps, videos_kwargs), strict=True))
+            videos = self._open(items, sampling, set(self._last), self._last)
         encoded = iter(self._encode(videos, progress))
         samples, times = [], []
         for item in items:
@@ -278,6 +313,9 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         if not limited and self.model.generation_config.max_new_tokens is None:
             generate_kwargs["max_new_tokens"] = self.MAX_NEW_TOKENS
         features = self.processor.collate(samples)
+        length, text = features["input_ids"].shape[1], self.model.config.get_text_config()
+        if length > (context := getattr(text, "max_position_embeddings", None) or length):
+            logger.warning(f"A prompt takes {length} tokens, and the model reads {context}: its answer means little.")
         sequences = self.model.generate(**features, **generate_kwargs)
         sequences = getattr(sequences, "sequences", sequences)[:, features["input_ids"].shape[1] :]
         return list(zip(sequences.unflatten(0, (len(choices), -1)), times, strict=True))
@@ -285,7 +323,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     def _open(self, items: list[dict], sampling: dict, known: set[tuple], last: dict) -> "_Videos":
         """Begins to read a batch's videos, each once, but none of the `known`, which `last` will hold by its turn."""
         videos = [video for item in items for video in videos_of(item.get("messages", ()))]
-        keys = [(_identity(video), *sampling.values()) for video in videos]
+        keys = [(_identity(video), repr(sampling)) for video in videos]
         new = {key: video for key, video in zip(keys, videos, strict=True) if key not in known}
         chunk_size = self.model.config.frames_per_chunk
         streams = self.processor.streams(list(new.values()), **sampling, chunk_size=chunk_size)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
@@ -96,8 +97,10 @@ class Sampling:
 
 def sample_indices(total: int, num_frames: int | None) -> list[int]:
     """The centres of `num_frames` equal segments of `total` frames; every index once if there are no more frames."""
-    if num_frames is not None and num_frames < 1:
-        raise ValueError(f"num_frames must be at least 1 or None for every frame, not {num_frames}.")
+    if num_frames is not None and (
+        not isinstance(num_frames, Integral) or isinstance(num_frames, bool) or num_frames < 1
+    ):
+        raise ValueError(f"num_frames must be at least 1 or None for every frame, not {num_frames!r}.")
     if num_frames is None or num_frames >= total:
         return list(range(total))
     return [(2 * i + 1) * total // (2 * num_frames) for i in range(num_frames)]

@@ -94,7 +94,9 @@ class EncodedVideo:  # no dataclass: of one in a chat transformers would make a 
         return sum(tensor.nbytes for tensor in self.tokens.tensors().values())
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file."""
+        """Writes a safetensors file. Raises `FileNotFoundError` where there is no folder for it."""
+        if not Path(path).absolute().parent.is_dir():
+            raise FileNotFoundError(f"There is no folder {Path(path).parent} to save an encoded video in.")
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.tokens.tensors().items()}
         for name in _BESIDE:
             if (value := getattr(self, name)) is not None:

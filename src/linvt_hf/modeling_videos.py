@@ -101,6 +101,10 @@ class VideoMixin:
         finally:
             for stream in streams:
                 stream.close()
+        if any(video is None for video in encoded):
+            raise ValueError(
+                "A stream gives its frames once, and one of these was read before; make another with processor.stream."
+            )
         return encoded
 
     def _encode_parts(self, parts: list["_Part"]) -> list[Tensor]:

@@ -47,6 +47,8 @@ def answer_all(
         batch_size: inputs that go through the model together.
         kwargs: for the pipeline, such as `num_frames` or `max_new_tokens`.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
     done = 0
     while done < len(inputs):
         try:

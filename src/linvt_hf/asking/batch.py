@@ -72,6 +72,7 @@ def run_batch(
     workers: int = 1,
     device: str | None = None,
     batch_size: int = 8,
+    retry: bool = False,
     say: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
     """
@@ -82,6 +83,7 @@ def run_batch(
         workers: more than one are actors of Ray Data, on the machines that Ray knows of, each with a GPU of its own
             where there are any.
         device: of the one worker; batch_size: questions at a time, fewer where memory is short.
+        retry: whether chunks with a question that got no answer are done again.
         say: is told how it goes.
 
     Raises `ValueError` for an input without videos, or a folder that holds another job.
@@ -90,10 +92,9 @@ def run_batch(
     keep_settings(output / "job.json", {**asdict(settings), "rows": total})
     chunks = -(-total // settings.chunk)
     done = [number for number in range(chunks) if _file(output, "answers", number).exists()]
-    answered, failed = (
-        sum(pq.read_metadata(_file(output, kind, number)).num_rows for number in done)
-        for kind in ("answers", "failed")
-    )
+    if retry:
+        done = [number for number in done if not _rows(output, "failed", number)]
+    answered, failed = (sum(_rows(output, kind, number) for number in done) for kind in ("answers", "failed"))
     progress = Progress(answered, failed, len(done), chunks)
     say(progress)
     missing = sorted(set(range(chunks)) - set(done))
@@ -101,7 +102,8 @@ def run_batch(
         return progress
     answers = _by_ray if workers > 1 else _here
     for number, tables in answers(settings, missing, workers, device, batch_size):
-        # The answers last: they say that a chunk is done.
+        # The answers last: they say that a chunk is done. So those of another try go first.
+        _file(output, "answers", number).unlink(missing_ok=True)
         for kind in ("failed", "answers"):
             file = _file(output, kind, number)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +122,10 @@ def run_batch(
 
 def _file(output: Path, kind: str, chunk: int) -> Path:
     return output / kind / f"{chunk:06d}.parquet"
+
+
+def _rows(output: Path, kind: str, chunk: int) -> int:
+    return pq.read_metadata(_file(output, kind, chunk)).num_rows
 
 
 # ---- rows ----

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
 
 from ..conversion.loading import load_config
@@ -45,7 +46,10 @@ def load_pipeline(
         if processor is None:
             raise ValueError(f"{model} holds no processor; save it there with processor.save_pretrained.")
     else:
-        loaded = LinVTForConditionalGeneration.from_pretrained(model, dtype=dtype, **loading).eval()
+        try:
+            loaded = LinVTForConditionalGeneration.from_pretrained(model, dtype=dtype, **loading).eval()
+        except SafetensorError as error:
+            raise OSError(f"The weights in {model} are cut short or damaged ({error}); fetch them again.") from error
         processor = LinVTProcessor.from_pretrained(model)
     return VideoQuestionAnsweringPipeline(model=loaded, processor=processor, device=place)
 

@@ -4,7 +4,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from .shared import add_asking, add_model, check_video, load, say, settings_of
+from .shared import (
+    add_asking,
+    add_model,
+    check_questions,
+    check_video,
+    count,
+    load,
+    positive,
+    say,
+    settings_of,
+)
 
 
 def add_commands(commands) -> None:
@@ -46,19 +56,21 @@ def add_commands(commands) -> None:
     batch.add_argument("--questions", nargs="+", default=[], help="of each video; else each row has a question")
     batch.add_argument("--choices", nargs="+", default=[], help="options of every question; the likeliest is taken")
     batch.add_argument("--output", type=Path, required=True, help="folder to write")
-    batch.add_argument("--workers", type=int, default=1, help="more than one are Ray's, with a GPU each (1)")
+    batch.add_argument("--workers", type=count, default=1, help="more than one are Ray's, with a GPU each (1)")
     batch.add_argument(
-        "--batch-size", type=int, default=8, help="questions at a time, fewer where memory is short (8)"
+        "--batch-size", type=count, default=8, help="questions at a time, fewer where memory is short (8)"
     )
-    batch.add_argument("--chunk", type=int, default=256, help="rows that are done, or done again, together (256)")
-    batch.add_argument("--num-frames", type=int, help="frames to read, instead of the model's default")
-    batch.add_argument("--fps", type=float, help="frames a second to read; then --num-frames is the most")
-    batch.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (256)")
+    batch.add_argument("--retry", action="store_true", help="also ask again what got no answer, chunk by chunk")
+    batch.add_argument("--chunk", type=count, default=256, help="rows that are done, or done again, together (256)")
+    batch.add_argument("--num-frames", type=count, help="frames to read, instead of the model's default")
+    batch.add_argument("--fps", type=positive, help="frames a second to read; then --num-frames is the most")
+    batch.add_argument("--max-new-tokens", type=count, default=256, help="longest answer, in tokens (256)")
     batch.set_defaults(run=_batch)
 
 
 def _ask(args) -> None:
     check_video(args.video)
+    check_questions(args.questions)
     pipeline = load(args)
     say(f"reading {args.video}")
     for question in args.questions:
@@ -108,6 +120,7 @@ def _progress() -> Callable[[int, int], None]:
 
 def _explain(args) -> None:
     check_video(args.video)
+    check_questions(args.questions)
     try:
         import matplotlib
 
@@ -155,7 +168,10 @@ def _batch(args) -> None:
         workers=args.workers,
         device=args.device,
         batch_size=args.batch_size,
+        retry=args.retry,
         say=show,
     )
     bar.close()
+    if done.failed and not done.answered:
+        raise ValueError(f"None of {done.failed:,} questions has an answer; {args.output / 'failed'} says why.")
     print(f"{args.output}: {done.answered:,} answers, {done.failed:,} questions without one.")

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .shared import add_model, settings_of
+from .shared import add_model, count, positive, settings_of
 
 _ABOUT_EVAL = """\
 examples:
@@ -34,18 +34,20 @@ def add_commands(commands) -> None:
         "--output", type=Path, required=True, help="folder for results; what is done is not run again"
     )
     evaluate.add_argument("--data", type=Path, help="where benchmarks lie that are not on the Hub, a folder each")
-    evaluate.add_argument("--num-frames", type=int, help="frames to read, instead of the task's or the model's number")
-    evaluate.add_argument("--fps", type=float, help="frames a second to read; then --num-frames is the most")
-    evaluate.add_argument("--max-new-tokens", type=int, help="longest answer, instead of the tasks'")
+    evaluate.add_argument(
+        "--num-frames", type=count, help="frames to read, instead of the task's or the model's number"
+    )
+    evaluate.add_argument("--fps", type=positive, help="frames a second to read; then --num-frames is the most")
+    evaluate.add_argument("--max-new-tokens", type=count, help="longest answer, instead of the tasks'")
     evaluate.add_argument(
         "--letters",
         default="generate",
         choices=["generate", "likelihood"],
         help="of lettered options: generate the answer (default), or take the likeliest letter",
     )
-    evaluate.add_argument("--batch-size", type=int, default=1, help="questions at a time (1)")
-    evaluate.add_argument("--processes", type=int, default=1, help="processes, each with a GPU of its own (1)")
-    evaluate.add_argument("--limit", type=int, help="only the first questions of each task, to try it out")
+    evaluate.add_argument("--batch-size", type=count, default=1, help="questions at a time (1)")
+    evaluate.add_argument("--processes", type=count, default=1, help="processes, each with a GPU of its own (1)")
+    evaluate.add_argument("--limit", type=count, help="only the first questions of each task, to try it out")
     evaluate.add_argument("--judge", metavar="URL", help="OpenAI-compatible API that judges open answers")
     evaluate.add_argument("--judge-model", metavar="NAME", help="the judge's name there; its key is OPENAI_API_KEY")
     evaluate.add_argument("--compare", action="store_true", help="print published figures beside the scores")

@@ -5,7 +5,7 @@ import socket
 from dataclasses import fields
 from pathlib import Path
 
-from .shared import add_model, load, say, settings_of
+from .shared import add_model, count, load, say, settings_of
 
 
 def add_commands(commands) -> None:
@@ -26,7 +26,7 @@ def add_commands(commands) -> None:
     serve.add_argument(
         "--allow-private", action="store_true", help="requests may name servers here and in private networks"
     )
-    serve.add_argument("--batch-size", type=int, default=8, help="questions answered at a time (8)")
+    serve.add_argument("--batch-size", type=count, default=8, help="questions answered at a time (8)")
     serve.add_argument("--cache-mb", type=int, default=1024, help="encoded videos that are remembered (1024)")
     for name, kind, default, what in (
         ("max-requests", int, 64, "taken at a time; one more is told to come back later"),
@@ -59,6 +59,8 @@ def _serve(args) -> None:
         value = getattr(settings, field.name)
         if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
             raise ValueError(f"--{field.name.replace('_', '-')} is {value}; it must be above 0.")
+    if not 0 <= args.port < 2**16:
+        raise ValueError(f"--port is {args.port}; ports are 0 to 65535.")
     with _listening(args.host, args.port) as listening:  # before the model is loaded: it is wrong at once, or never
         engine = Engine(
             load(args),

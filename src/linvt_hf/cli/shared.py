@@ -6,6 +6,29 @@ from dataclasses import fields
 from pathlib import Path
 
 
+def count(text: str) -> int:
+    """An argument that counts something."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return value
+
+
+def check_questions(questions: list[str]) -> None:
+    """Before a model is loaded for them."""
+    if not all(question.strip() for question in questions):
+        raise ValueError("A question has no words; ask something.")
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model answers, and where and how it is loaded: what `load` reads."""
     parser.add_argument("model", metavar="MODEL", help="LinVT model, or adapters from training: a Hub id or a folder")
@@ -21,9 +44,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_asking(parser: argparse.ArgumentParser) -> None:
     """How one video is read, and how long an answer may be."""
-    parser.add_argument("--num-frames", type=int, help="frames to read, instead of the model's default")
-    parser.add_argument("--fps", type=float, help="frames a second to read, instead of the model's default")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (256)")
+    parser.add_argument("--num-frames", type=count, help="frames to read, instead of the model's default")
+    parser.add_argument(
+        "--fps", type=positive, help="frames a second to read; at most --num-frames, or the model's default"
+    )
+    parser.add_argument("--max-new-tokens", type=count, default=256, help="longest answer, in tokens (256)")
 
 
 def load(args):

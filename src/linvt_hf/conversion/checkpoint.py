@@ -37,6 +37,8 @@ class Checkpoint:
             file = cached_file(path, CONFIG_NAME, revision=revision)
         except OSError as error:
             raise OSError(f"There is no model at {path} that can be loaded: {str(error).splitlines()[0]}") from error
+        if file is None:
+            raise OSError(f"There is no model at {path} that can be loaded: it holds no {CONFIG_NAME}.")
         self.commit = extract_commit_hash(file, None)
         self.revision = self.commit or revision
         self._last: tuple = (None, None)  # a file and its open handle

@@ -31,6 +31,8 @@ def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConf
     A model's config, with its commit if it lies on the Hub. Raises `OSError` for one that is not there, `ValueError`
     for one that needs code of its own.
     """
+    if Path(path).is_dir() and not (Path(path) / CONFIG_NAME).exists():
+        raise OSError(f"There is no model at {path} that can be loaded: it holds no {CONFIG_NAME}.")
     if conversion := _to_convert(path, revision):
         conversion.config._commit_hash = conversion.checkpoint.commit
         return conversion.config
