@@ -81,6 +81,7 @@ def test_choices(model, video, capsys):
         (["ask", "no/such", "{video}", "Who?"], "no model at no/such"),
         (["ask", "{empty}", "{video}", "Who?"], "that can be loaded: it holds no config.json"),
         (["ask", "{damaged}", "{video}", "Who?"], "are cut short or damaged"),
+        (["ask", "{model}", "{video}", "Who?", "--base", "b"], "is a whole model and needs no base; leave b out"),
         (["serve", "{model}", "--port", "99999"], "--port is 99999; ports are 0 to 65535"),
         (["ask", "{model}", "{video}", "Who?", "--device", "nosuch"], "nosuch"),
     ],

@@ -102,6 +102,8 @@ def test_one_sentence(shapes, kwargs, message):
 
 def test_what_is_not_there(shapes):
     found = shapes.explain(VIDEO, FLASH)
+    with pytest.raises(ValueError, match="A question has no words, so there is no answer to explain"):
+        shapes.explain(VIDEO, " ")
     with pytest.raises(ValueError, match="Give token or scale, not both"):
         found.heat(token=1, scale=1)
     with pytest.raises(ValueError, match="token is 32, and the tokens are 0 to 31"):

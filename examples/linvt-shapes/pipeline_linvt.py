@@ -1,7 +1,7 @@
 """The `video-question-answering` pipeline: videos and questions in, answers out."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,19 +51,15 @@ class _Videos:
         return {key for key in self.keys[-1:] if isinstance(key[0], tuple)}
 
 
-def _wrong_keys(inputs: dict) -> str | None:
-    """What is wrong with an input that is a dict; None if nothing is."""
-    forms = ({"video", "question", "choices"}, {"messages", "choices"})
-    if any(inputs.keys() <= form and form - {"choices"} <= inputs.keys() for form in forms):
-        return None
-    return (
-        f"An input holds {', '.join(map(repr, inputs)) or 'nothing'}; it is a dict with 'video' and 'question', or "
-        "with 'messages', and perhaps 'choices', or a chat."
-    )
-
-
-def _no_question(question: Any) -> str:
-    return f"A question is a text; got {type(question).__name__} {question!r}."
+def _check(inputs: dict) -> None:
+    if inputs.keys() - {"choices"} not in ({"video", "question"}, {"messages"}):
+        raise ValueError(
+            f"An input holds {', '.join(map(repr, inputs)) or 'nothing'}; it is a dict with 'video' and 'question', "
+            "or with 'messages', and perhaps 'choices', or a chat."
+        )
+    question = inputs.get("question", "")
+    if not isinstance(question, str):
+        raise ValueError(f"A question is a text; got {type(question).__name__} {question!r}.")
 
 
 def _begun(work: Callable[[], dict | None]) -> Future:
@@ -142,13 +138,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         return_frame_times=None,
         **generate_kwargs,
     ):
-        reading = {
-            "num_frames": num_frames,
-            "fps": fps,
-            "videos_kwargs": videos_kwargs,
-            "questions": questions,
-            "question_turn": question_turn,
-        }
+        reading = {"num_frames": num_frames, "fps": fps, "videos_kwargs": videos_kwargs}
+        reading |= {"questions": questions, "question_turn": question_turn}
         reading = {name: value for name, value in reading.items() if value is not None}
         preprocess = reading if choices is None else {"choices": choices, **reading}
         forward = {**reading, **generate_kwargs}
@@ -181,15 +172,14 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             raise ValueError("Give both video= and question=; one of them is missing.")
         if video is not None:
             videos = [video] if is_one_video(video) else list(video)
-            if not isinstance(question, Iterable):
-                raise ValueError(_no_question(question))
-            questions = [question] * len(videos) if isinstance(question, str) else list(question)
+            several = hasattr(question, "__iter__") and not isinstance(question, str)
+            questions = list(question) if several else [question] * len(videos)
             if len(videos) == 1 and len(questions) > 1:
                 videos = videos * len(questions)
             if len(videos) != len(questions):
                 raise ValueError(f"{len(videos)} videos, but {len(questions)} questions; give as many of both.")
             pairs = [{"video": v, "question": q} for v, q in zip(videos, questions, strict=True)]
-            inputs = pairs[0] if is_one_video(video) and isinstance(question, str) else pairs
+            inputs = pairs[0] if is_one_video(video) and not several else pairs
         if inputs is None or isinstance(inputs, str) or (isinstance(inputs, (list, tuple)) and not inputs):
             raise ValueError("Nothing to answer: give video= and question=, or a chat.")
         if isinstance(inputs, Iterator):  # of these, the base class knows generators alone
@@ -210,16 +200,12 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     # ---- one input ----
 
     def preprocess(self, inputs, choices=None, **reading):
-        if isinstance(inputs, dict) and (wrong := _wrong_keys(inputs)):
-            raise ValueError(wrong)
-        if isinstance(inputs, dict) and "video" in inputs:
-            if not isinstance(inputs["question"], str):
-                raise ValueError(_no_question(inputs["question"]))
+        if isinstance(inputs, dict):
+            _check(inputs)
             choices = inputs.get("choices", choices)
-            content = [{"type": "video", "video": inputs["video"]}, {"type": "text", "text": inputs["question"]}]
-            messages = [{"role": "user", "content": content}]
-        elif isinstance(inputs, dict) and "messages" in inputs:
-            choices, messages = inputs.get("choices", choices), inputs["messages"]
+            if (messages := inputs.get("messages")) is None:
+                content = [{"type": "video", "video": inputs["video"]}, {"type": "text", "text": inputs["question"]}]
+                messages = [{"role": "user", "content": content}]
         else:  # the base class makes a Chat of what looks like one
             messages = getattr(inputs, "messages", inputs)
         if choices is not None and (not len(choices) or not all(isinstance(option, str) for option in choices)):

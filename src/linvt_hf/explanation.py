@@ -98,6 +98,8 @@ def explain(
     """See `VideoQuestionAnsweringPipeline.explain`."""
     if importance not in ("uniform", "gradient"):
         raise ValueError(f"importance is {importance!r}; it is 'uniform' or 'gradient'.")
+    if not question.strip():
+        raise ValueError("A question has no words, so there is no answer to explain; ask something.")
     model, processor = pipeline.model, pipeline.processor
     stream = processor.stream(video, num_frames=num_frames, fps=fps, chunk_size=model.config.frames_per_chunk)
     encoded = model.encode_video(stream)

@@ -45,6 +45,8 @@ def load_pipeline(
         loaded, processor = load_adapter(model, base, dtype=dtype, **loading)
         if processor is None:
             raise ValueError(f"{model} holds no processor; save it there with processor.save_pretrained.")
+    elif base is not None:
+        raise ValueError(f"{model} is a whole model and needs no base; leave {base} out.")
     else:
         try:
             loaded = LinVTForConditionalGeneration.from_pretrained(model, dtype=dtype, **loading).eval()
