@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_bases import NAMED, TINY_LINVT, UNNAMED
 from tiny_models import base_folder, between_frames_and_words, chat, encode, noise_video, wrapped
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from linvt_hf import LinVTConfig, LinVTForConditionalGeneration, wrap
 from linvt_hf.image_llm import OWN_MODELS
@@ -312,6 +312,50 @@ def test_nothing_waits_for_the_frames(name):
     with between_frames_and_words(model, Watch()):
         greedy(model, inputs)
     assert not waits, waits[0]
+
+
+def loop(model, input_ids, **inputs):
+    """A way to generate of somebody's own: one word, by the forward alone."""
+    names = ("logits_processor", "stopping_criteria", "generation_config", "streamer", "synced_gpus")
+    kept = {name: value for name, value in inputs.items() if name not in names}
+    return torch.cat([input_ids, model(input_ids, **kept).logits[:, -1:].argmax(dim=-1)], dim=1)
+
+
+def test_encoded_once_however_it_is_generated():
+    model, processor = copy.deepcopy(wrapped("internvl_qwen2"))
+    inputs = encode(processor, chat(noise_video(), "What moves?"))
+    expected, encode_frames, encoded = greedy(model, inputs), model.image_llm.encode_frames, []
+    without = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, use_cache=False)
+    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.image_llm, "encode_frames", lambda *args: encoded.append(1) or encode_frames(*args))
+        for found in (
+            lambda: greedy(model, inputs),
+            lambda: greedy(model, inputs, use_cache=False),
+            lambda: model.generate(inputs["input_ids"], without, **rest),
+            lambda: model.generate(**inputs, generation_config=without),
+            lambda: greedy(model, inputs, num_beams=2, num_return_sequences=2)[:1, :0],
+            lambda: greedy(model, inputs, custom_generate=loop),
+        ):
+            encoded.clear()
+            tokens = found()
+            assert torch.equal(tokens, expected[:, : tokens.shape[1]]) and len(encoded) == 1
+    with pytest.raises(ValueError, match=r"`model_kwargs` are not used by the model: \['videos'\]"):
+        greedy(model, inputs, videos=[1])
+
+
+def test_prefix_tuning():
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model, processor = copy.deepcopy(wrapped("internvl_qwen2"))
+    text = model.config.get_text_config()
+    sizes = {"num_layers": text.num_hidden_layers, "num_attention_heads": text.num_key_value_heads}
+    width = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    tuned = get_peft_model(
+        model, PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", token_dim=width, **sizes)
+    )
+    one, other = (greedy(tuned, encode(processor, chat(noise_video(seed=s), "What moves?"))) for s in (1, 2))
+    assert one.shape == other.shape and not torch.equal(one, other)
 
 
 def test_lora():

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .processing_linvt import LinVTProcessor  # noqa: F401
 
 logger = logging.get_logger(__name__)
+_PROGRAMS = 64  # ours, that torch may compile of one function
 
 
 class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedModel, GenerationMixin):
@@ -83,18 +84,23 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
             logger.warning(lost)
         return model
 
-    def compile(self, **settings) -> None:
+    def compile(self, *args, **settings) -> None:
         """
         Compiles the parts that videos and words go through, each by itself, for good. Answers are the same; the first
-        take longer, up to minutes.
+        take longer, up to minutes, and so do those of the first batch of another size.
 
         Args:
-            settings: of `torch.compile`; "dynamic" is True by default, so that a new length compiles nothing anew.
+            args, settings: of `torch.compile`; "dynamic" is True by default, so that a new length compiles nothing
+                anew.
         """
+        # Of all parts whose forward transformers wraps alike: one question and a few sizes of batches use up torch's
+        # own limit of 8, and the rest would silently not be compiled.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, _PROGRAMS)
         tokenizer = self.video_tokenizer
         parts = [self.base.get_encoder("image"), tokenizer.question, *tokenizer.scorer.layers, tokenizer.scorer]
         for part in (*parts, tokenizer.aggregator, self.base.get_decoder()):
-            part.compile(**{"dynamic": True, **settings})
+            part.compile(*args, **{"dynamic": True, **settings})
 
     # ---- the base's parts ----
 
@@ -280,16 +286,15 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
-        """`GenerationMixin.generate` with videos: they are encoded once, in the first forward."""
+        """`GenerationMixin.generate` with videos: they are encoded once, if possible in the first forward."""
         videos = self.take_video_inputs(kwargs)
         if videos and kwargs.get("video_embeds") is None:
-            settings = kwargs.get("generation_config") or self.generation_config
-            if kwargs.get("use_cache", settings.use_cache) is False:  # every forward needs them
-                kwargs["video_embeds"] = self.get_video_features(**videos).pooler_output
+            if self._forward_may_encode(args, kwargs):
+                kwargs["waiting_videos"] = videos
             else:
-                kwargs["videos"] = videos
+                kwargs["video_embeds"] = self.get_video_features(**videos).pooler_output
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        given = any(kwargs.get(name) is not None for name in ("videos", "video_embeds"))
+        given = any(kwargs.get(name) is not None for name in ("waiting_videos", "video_embeds"))
         cached = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
         if given and kwargs.get("prefill_chunk_size") is not None:
             raise ValueError("prefill_chunk_size does not work with videos; leave it out.")
@@ -297,11 +302,24 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
             raise ValueError("The prompts hold video tokens, but no video was given; pass the processor's output.")
         return super().generate(inputs, *args, **kwargs)
 
+    def _forward_may_encode(self, args: tuple, kwargs: dict) -> bool:
+        """
+        Whether `generate` leaves encoding to the first forward: then nothing it asks the device for waits for the
+        frames. Not where every forward needs the videos' tokens, where others decide what a forward gets, or where
+        forward is compiled or wrapped as a whole, as accelerate does, which would take all pixels to the device.
+        """
+        configs = (kwargs.get("generation_config"), args[0] if args else None, self.generation_config)
+        chosen = [kwargs.get("use_cache"), *(config.use_cache for config in configs if config is not None)]
+        cached = next((choice for choice in chosen if choice is not None), True)
+        others = any(kwargs.get(name) is not None for name in ("assistant_model", "custom_generate"))
+        own = "forward" not in vars(self) and self._compiled_call_impl is None
+        return cached and own and not others
+
     def prepare_inputs_for_generation(
         self,
         input_ids,
         inputs_embeds=None,
-        videos=None,
+        waiting_videos=None,
         video_embeds=None,
         is_first_iteration=False,
         use_cache=True,
@@ -315,7 +333,7 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
             **kwargs,
         )
         if is_first_iteration or not use_cache:
-            given = {**(videos or {}), "video_embeds": video_embeds}
+            given = {**(waiting_videos or {}), "video_embeds": video_embeds}
             model_inputs.update({name: value for name, value in given.items() if value is not None})
         return model_inputs
 
@@ -332,7 +350,7 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
         return self.base._update_model_kwargs_for_generation(*args, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        videos, video_embeds = model_kwargs.pop("videos", None), model_kwargs.pop("video_embeds", None)
+        videos, video_embeds = (model_kwargs.pop(name, None) for name in ("waiting_videos", "video_embeds"))
         if videos is not None and expand_size > 1:  # once, before beams or samples are spread
             videos, video_embeds = None, self.get_video_features(**videos).pooler_output
         if video_embeds is not None and expand_size > 1:
@@ -344,12 +362,13 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
         input_ids, model_kwargs = self.base._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        given = {"videos": videos, "video_embeds": video_embeds}
+        given = {"waiting_videos": videos, "video_embeds": video_embeds}
         model_kwargs.update({name: value for name, value in given.items() if value is not None})
         return input_ids, model_kwargs
 
     def _validate_model_kwargs(self, model_kwargs):
-        known = inspect.signature(self.base.forward).parameters
+        # PEFT may put a preparation of its own before ours, whose arguments nobody can read.
+        known = {"waiting_videos", *inspect.signature(self.base.forward).parameters}
         super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in known})
 
 

@@ -58,7 +58,6 @@ class SignificanceScorer(nn.Module):
         self.norm = nn.LayerNorm(config.bottleneck_size)
         self.score = ScoreHead(config.bottleneck_size, 1)
         self.novelty_gain = nn.Parameter(torch.empty(1))
-        self._probe: tuple[list, Tensor] | None = None  # what `probe` gave, and of which weights
 
     def look(self, visual_tokens: Tensor) -> Tensor:  # [..., D] -> [..., d]
         """Each token alone, in the bottleneck."""
@@ -98,15 +97,7 @@ class SignificanceScorer(nn.Module):
     @torch.no_grad()
     def probe(self) -> Tensor:
         """What it makes of a token that is always the same, [d] float32 on the CPU: it tells two scorers apart."""
-        # Every question asks for it, and on a GPU it costs a tenth of what LinVT does for one. A weight that changes
-        # is another tensor, or one of another version.
-        state = [(p.data_ptr(), None if p.is_inference() else p._version) for p in self.parameters()]
-        if self._probe is None or self._probe[0] != state:
-            self._probe = state, self._probe_weights()
-        return self._probe[1]
-
-    def _probe_weights(self) -> Tensor:
-        weight = self.project.weight
+        weight = self.project.weight  # made anew each time: nothing tells that weights are as they were
         wave = torch.arange(self.config.hidden_size, device=weight.device).sin().to(weight.dtype)
         middle = torch.full((1, 2), 0.5, device=weight.device)
         return (
