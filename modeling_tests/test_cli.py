@@ -80,6 +80,7 @@ def test_choices(model, video, capsys):
         (["wrap", "{base}", "{new}", "--num-frames", "0"], "num_frames must be at least 1"),
         (["ask", "no/such", "{video}", "Who?"], "no model at no/such"),
         (["ask", "{empty}", "{video}", "Who?"], "that can be loaded: it holds no config.json"),
+        (["convert", "{empty}", "{new}"], "that can be loaded: it holds no config.json"),
         (["ask", "{damaged}", "{video}", "Who?"], "are cut short or damaged"),
         (["ask", "{model}", "{video}", "Who?", "--base", "b"], "is a whole model and needs no base; leave b out"),
         (["serve", "{model}", "--port", "99999"], "--port is 99999; ports are 0 to 65535"),
