@@ -93,6 +93,13 @@ def test_by_ray_the_same(done, videos, tmp_path, capfd):
         assert rows(tmp_path, kind) == rows(done[0], kind)
 
 
+def test_what_is_left_of_a_damaged_file(tmp_path):
+    file = write_video(tmp_path / "cut.mp4", moving_square(24), gop=6, faststart=True)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 3 // 4])
+    assert run_batch(settings(tmp_path), tmp_path / "raise").failed == 2
+    assert run_batch(settings(tmp_path, on_error="keep"), tmp_path / "keep").answered == 2
+
+
 def test_rows_of_files(videos, tmp_path, done):
     """With ids and questions of their own; paths are from the file's folder on."""
     table = [

@@ -63,6 +63,15 @@ def test_choices(model, video, capsys):
     assert capsys.readouterr().out.count("%") == 2
 
 
+def test_what_is_left_of_a_damaged_file(model, video, tmp_path, capsys):
+    whole = write_video(tmp_path / "whole.mp4", moving_square(16), faststart=True).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 3 // 4])
+    asked = ["ask", model, str(tmp_path / "cut.mp4"), "What moves?", "--max-new-tokens", "2"]
+    assert main(asked) == 2
+    assert "is damaged" in capsys.readouterr().err
+    assert main([*asked, "--on-error", "keep"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -84,6 +93,7 @@ def test_choices(model, video, capsys):
         (["ask", "{damaged}", "{video}", "Who?"], "are cut short or damaged"),
         (["ask", "{model}", "{video}", "Who?", "--base", "b"], "is a whole model and needs no base; leave b out"),
         (["serve", "{model}", "--port", "99999"], "--port is 99999; ports are 0 to 65535"),
+        (["ask", "{model}", "{video}", "Who?", "--start", "1", "--end", "0.5"], "start must be before end"),
         (["ask", "{model}", "{video}", "Who?", "--device", "nosuch"], "nosuch"),
     ],
 )
@@ -115,14 +125,17 @@ def test_one_sentence_and_exit_status_2(arguments, message, model, video, tmp_pa
         ["batch", "m", "v", "--output", "o", "--chunk", "0"],
         ["eval", "m", "--tasks", "t", "--output", "o", "--batch-size", "0"],
         ["serve", "m", "--batch-size", "two"],
+        ["explain", "m", "v", "Who?", "--out", "o", "--end", "-1"],
     ],
 )
-def test_counts_are_above_0(arguments, capsys):
+def test_numbers_that_are_none(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
     name, value = arguments[-2:]
-    assert re.search(f"argument {name}: {value} is no (whole )?number above 0", capsys.readouterr().err)
+    assert re.search(
+        f"argument {name}: {value} is no ((whole )?number above 0|number of seconds)", capsys.readouterr().err
+    )
 
 
 def test_nobody_is_asked_to_trust_code(video, tmp_path, capsys, monkeypatch):

@@ -172,6 +172,11 @@ def test_a_folder_of_pictures(tmp_path, capsys):
         assert {file.name for file in (tmp_path / number).iterdir()} >= {"timeline.png", "heat.png", "heat.mp4"}
         film = read_video(tmp_path / number / "heat.mp4", num_frames=None)
         assert film.num_frames == 16 and film.duration == pytest.approx(8, abs=0.6)
+    part = ["--start", "1.2", "--end", "1.9"]
+    assert main(["explain", str(SHAPES), VIDEO, FLASH, *part, "--out", str(tmp_path / "part")]) == 0
+    frames = json.loads((tmp_path / "part" / "1" / "explanation.json").read_text())["frames"]
+    assert [frame["time"] for frame in frames] == [1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875]  # shown in between
+    capsys.readouterr()
     assert main(["explain", str(SHAPES), "nowhere.mp4", FLASH, "--out", str(tmp_path)]) == 2
     assert "There is no video at nowhere.mp4" in capsys.readouterr().err
 

@@ -193,7 +193,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         Args:
             answer: what is explained; by default what the model answers.
             importance: "uniform", or "gradient": weigh tokens by how much the answer depends on them.
-            num_frames, fps: as in a call. kwargs: for `generate`.
+            num_frames, fps, videos_kwargs: as in a call. kwargs: for `generate`.
         """
         return explain(self, video, question, **kwargs)
 

@@ -93,6 +93,7 @@ def explain(
     importance: Literal["uniform", "gradient"] = "uniform",
     num_frames: int | None = None,
     fps: float | None = None,
+    videos_kwargs: dict | None = None,
     **generate_kwargs,
 ) -> Explanation:
     """See `VideoQuestionAnsweringPipeline.explain`."""
@@ -101,8 +102,8 @@ def explain(
     if not question.strip():
         raise ValueError("A question has no words, so there is no answer to explain; ask something.")
     model, processor = pipeline.model, pipeline.processor
-    stream = processor.stream(video, num_frames=num_frames, fps=fps, chunk_size=model.config.frames_per_chunk)
-    encoded = model.encode_video(stream)
+    reading = {"num_frames": num_frames, "fps": fps, "videos_kwargs": videos_kwargs}
+    encoded = model.encode_video(processor.stream(video, chunk_size=model.config.frames_per_chunk, **reading))
     content = [{"type": "video", "video": video}, {"type": "text", "text": question}]
     messages = with_videos([{"role": "user", "content": content}], iter([encoded]))
     features = dict(pipeline._ensure_tensor_on_device(pipeline._features(messages), pipeline.device))

@@ -51,6 +51,7 @@ class BatchSettings:
     quantize: str | None = None
     num_frames: int | None = None
     fps: float | None = None
+    on_error: str = "raise"
     max_new_tokens: int = 256
     chunk: int = CHUNK
 
@@ -214,6 +215,8 @@ class Worker:
             settings.model, device=device, dtype=settings.dtype, quantize=settings.quantize, base=settings.base
         )
         self.asking = {name: getattr(settings, name) for name in ("num_frames", "fps")}
+        if settings.on_error != "raise":
+            self.asking["videos_kwargs"] = {"on_error": settings.on_error}
         if not settings.choices:
             self.asking |= {"max_new_tokens": settings.max_new_tokens, "do_sample": False}
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from .shared import (
     add_asking,
     add_model,
+    add_on_error,
     check_questions,
     check_video,
     count,
     load,
     positive,
+    reading_of,
     say,
     settings_of,
 )
@@ -64,6 +66,7 @@ def add_commands(commands) -> None:
     batch.add_argument("--chunk", type=count, default=256, help="rows that are done, or done again, together (256)")
     batch.add_argument("--num-frames", type=count, help="frames to read, instead of the model's default")
     batch.add_argument("--fps", type=positive, help="frames a second to read; then --num-frames is the most")
+    add_on_error(batch)
     batch.add_argument("--max-new-tokens", type=count, default=256, help="longest answer, in tokens (256)")
     batch.set_defaults(run=_batch)
 
@@ -80,13 +83,7 @@ def _ask(args) -> None:
 
 
 def _answer(pipeline, question: str, args) -> None:
-    asked = {
-        "video": args.video,
-        "question": question,
-        "num_frames": args.num_frames,
-        "fps": args.fps,
-        "progress": _progress(),
-    }
+    asked = {"video": args.video, "question": question, "progress": _progress(), **reading_of(args)}
     if args.choices:
         answers = pipeline(**asked, choices=args.choices)
         text = "\n".join(f"{100 * answer['score']:5.1f} %  {answer['answer']}" for answer in answers)
@@ -135,8 +132,7 @@ def _explain(args) -> None:
         args.video,
         args.questions,
         args.out,
-        num_frames=args.num_frames,
-        fps=args.fps,
+        **reading_of(args),
         importance=args.importance,
         max_new_tokens=args.max_new_tokens,
         do_sample=False,

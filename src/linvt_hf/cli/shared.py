@@ -23,6 +23,17 @@ def positive(text: str) -> float:
     return value
 
 
+def seconds(text: str) -> float:
+    """A moment of a video."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
+    return value
+
+
 def check_questions(questions: list[str]) -> None:
     """Before a model is loaded for them."""
     if not all(question.strip() for question in questions):
@@ -48,7 +59,26 @@ def add_asking(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fps", type=positive, help="frames a second to read; at most --num-frames, or the model's default"
     )
+    parser.add_argument("--start", type=seconds, metavar="SECONDS", help="leave out what is shown before")
+    parser.add_argument("--end", type=seconds, metavar="SECONDS", help="leave out what is shown after")
+    add_on_error(parser)
     parser.add_argument("--max-new-tokens", type=count, default=256, help="longest answer, in tokens (256)")
+
+
+def add_on_error(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on-error",
+        choices=["raise", "keep"],
+        default="raise",
+        help="of a file that is damaged or cut short: an error (default), or what is left of it",
+    )
+
+
+def reading_of(args) -> dict:
+    """How a video is read, as the pipeline takes it: of what `add_asking` adds."""
+    reading = {"start": args.start, "end": args.end, "on_error": args.on_error if args.on_error == "keep" else None}
+    reading = {name: value for name, value in reading.items() if value is not None}
+    return {"num_frames": args.num_frames, "fps": args.fps, "videos_kwargs": reading or None}
 
 
 def load(args):

@@ -247,15 +247,16 @@ def explain_to_folder(
     *,
     num_frames: int | None = None,
     fps: float | None = None,
+    videos_kwargs: dict | None = None,
     **kwargs,
 ) -> list[Explanation]:
     """
     A folder a question, `1`, `2`, ..., with numbers, `timeline.png`, `heat.png` and `heat.mp4`; of two questions also
     `side_by_side.png`. Other arguments as for `pipeline.explain`.
     """
-    sampling = {"num_frames": num_frames, "fps": fps}
-    clip = pipeline.processor._read(video, **sampling)
-    box = seen_box(pipeline.processor, *clip.frames.shape[1:3])
+    processor = pipeline.processor
+    clip = processor._read(video, **processor._sampling(num_frames, fps, True, videos_kwargs))
+    box = seen_box(processor, *clip.frames.shape[1:3])
     made, explanations = [], []
     for number, question in enumerate(questions, 1):
         explanation = pipeline.explain(clip, question, **kwargs)
