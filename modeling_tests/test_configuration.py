@@ -90,8 +90,10 @@ def test_base_as_dict_or_object():
 
 def test_hidden_size_is_the_bases():
     assert LinVTConfig(base_config=llava()).hidden_size == 24
-    assert LinVTConfig(base_config=llava(hidden_size=48), hidden_size=5).hidden_size == 48
+    assert LinVTConfig(base_config=llava(hidden_size=48), hidden_size=48).hidden_size == 48
     assert LinVTConfig().hidden_size is None
+    with pytest.raises(ValueError, match="hidden_size is 5, and the base's language model is 24 wide; leave"):
+        LinVTConfig(base_config=llava(), hidden_size=5)
 
 
 def test_text_config_is_the_bases():

@@ -101,7 +101,13 @@ class LinVTConfig(PreTrainedConfig):
         if isinstance(self.base_config, dict):
             self.base_config = read_base_config(self.base_config)
         if self.base_config is not None:
-            self.hidden_size = self.base_config.get_text_config().hidden_size
+            width = self.base_config.get_text_config().hidden_size
+            if self.hidden_size not in (None, width):
+                raise ValueError(
+                    f"hidden_size is {self.hidden_size}, and the base's language model is {width} wide; leave "
+                    "hidden_size out, it is read from base_config."
+                )
+            self.hidden_size = width
             # Otherwise the parent would reset the base's choice of attention to none.
             kwargs.setdefault("attn_implementation", self.base_config._attn_implementation)
         self.pooling_scales = list(self.pooling_scales)
