@@ -194,6 +194,12 @@ def test_what_is_refused(client, settings, status, said):
         (chat(data_url(VIDEO.read_bytes()), "<|linvt_video|>?"), "placeholders"),
         (chat(data_url(VIDEO.read_bytes())) * 17, "The request has 17 videos and images, and 16 are the most."),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(b"x")}}]}], "an image"),
+        (
+            [{"role": "user", "content": [{"type": "input_text", "text": "Who?"}]}],
+            "messages.0.content.0: Input tag 'input_",
+        ),
+        ([{"role": "user", "content": [{"type": "video_url", "video_url": "x"}]}], "content.0.video_url.video_url: "),
+        ([{"role": "user", "content": 3}], "messages.0.content: Input should be a valid string."),
     ],
 )
 def test_requests_that_cannot_be_answered(client, answer, messages, said):

@@ -122,9 +122,8 @@ def read_request(body: bytes) -> ChatRequest:
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or None
-        raise ApiError(400, f"{where or 'The request'}: {first['msg']}.", param=where) from error
+        where, wrong = _what_is_wrong(error)
+        raise ApiError(400, f"{where or 'The request'}: {wrong}.", param=where) from error
     for name, value in (request.model_extra or {}).items():
         if name in _MISSING:
             if value not in (None, _MISSING[name], [], {}):
@@ -132,6 +131,15 @@ def read_request(body: bytes) -> ChatRequest:
         elif name not in _IGNORED:
             raise ApiError(400, f"There is no setting {name}.", param=name)
     return request
+
+
+def _what_is_wrong(error: ValidationError) -> tuple[str | None, str]:
+    """Where in the request, and what."""
+    # A content may be a text or a list of parts, and what is neither is an error of both; the one that lies deeper is
+    # of what was meant. Beside the request's own names a place holds those of such types.
+    found = max(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+    names = [str(part) for part in found["loc"]]
+    return ".".join(name for name in names if name != "str" and "[" not in name) or None, found["msg"]
 
 
 class Reply:
