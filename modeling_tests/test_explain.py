@@ -14,6 +14,7 @@ from video_files import moving_square, write_video
 
 from linvt_hf import VideoQuestionAnsweringPipeline
 from linvt_hf.asking.loading import load_pipeline
+from linvt_hf.choice_scores import log_likelihoods
 from linvt_hf.cli import main
 from linvt_hf.evaluation.layouts import SHAPES_SCENES
 from linvt_hf.explain.faithfulness import figure, hits, measure, questions
@@ -73,7 +74,8 @@ def test_importance_is_how_much_the_answer_changes_with_a_token():
             for factor in (0.98, 1.02):
                 longer = tokens.clone()
                 longer[0, token] *= factor
-                pair.append(pipe._log_likelihoods({**features, "video_embeds": longer}, ["a red ball"])[0])
+                asked = {**features, "video_embeds": longer}
+                pair.append(log_likelihoods(pipe.model, pipe.tokenizer, asked, ["a red ball"])[0])
             changes.append(abs(float(pair[1] - pair[0])))
     expected = torch.tensor(changes) / sum(changes)
     torch.testing.assert_close(found.importance, expected, atol=0.01, rtol=0.1)

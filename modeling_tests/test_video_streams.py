@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import subprocess
+import sys
 import threading
 import time
 
@@ -125,6 +127,30 @@ def test_who_leaves_early_leaves_nothing_behind(files):
         next(iter(stream))
         del stream
     assert len(decoders()) == before
+
+
+def test_python_ends_though_a_video_was_not_read_to_its_end(files):
+    """With threads that wait for room, which nobody will make."""
+    script = f"""
+from linvt_hf.video_reading import stream_video
+streams = [stream_video({str(files["groups.mp4"])!r}, num_frames=None, chunk_size=4, threads=n) for n in (1, 3)]
+print("the end")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "the end\n"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_that_cannot_be_read_leaves_no_other_under_way(files, tmp_path, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    _, processor = wrapped("internvl_qwen2")
+    for order in (["groups.mp4", "broken"], ["broken", "groups.mp4"]):
+        videos = [files.get(name, tmp_path / "broken.mp4") for name in order]
+        with pytest.raises(VideoReadError, match="broken") as held:  # and with it all that its traceback knows
+            processor.streams(videos, num_frames=COUNT, chunk_size=4)
+        assert not decoders()
+        del held
 
 
 def test_damaged_files(tmp_path):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .chat_templates import with_videos
+from .choice_scores import log_likelihoods
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +145,9 @@ def _by_gradient(pipeline, features: dict, tokens: Tensor, answer: str) -> Tenso
         raise ValueError("The answer has no words, and so there is nothing whose gradient could tell importance.")
     tokens = tokens.detach().requires_grad_()
     with torch.enable_grad():
-        likelihood = pipeline._log_likelihoods({**features, "video_embeds": tokens}, [answer])[0]
+        likelihood = log_likelihoods(
+            pipeline.model, pipeline.tokenizer, {**features, "video_embeds": tokens}, [answer]
+        )[0]
         (gradient,) = torch.autograd.grad(likelihood, tokens)
     size = (gradient.float() * tokens.detach().float()).sum(dim=-1)[0].abs().cpu()  # [M]
     return size / size.sum() if size.sum() > 0 else torch.full_like(size, 1 / len(size))

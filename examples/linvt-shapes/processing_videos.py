@@ -73,12 +73,17 @@ class VideoProcessing:
     def _read_all(self, videos: list, sampling: dict, read: Callable[..., Any] = read_video) -> list:
         """What `read` gives for each; several at once where there are threads for it."""
         threads = torch.get_num_threads()
-        if threads == 1 or len(videos) < 2:
-            return [self._read(video, read, **sampling) for video in videos]
-        at_once = min(threads, len(videos))
+        at_once = max(min(threads, len(videos)), 1)
+        shared = {"threads": max(threads // at_once, 1), **sampling}
         with ThreadPoolExecutor(at_once) as pool:
-            shared = {"threads": max(threads // at_once, 1), **sampling}
-            return list(pool.map(lambda video: self._read(video, read, **shared), videos))
+            found = [pool.submit(self._read, video, read, **shared) for video in videos]
+        try:
+            return [one.result() for one in found]
+        except BaseException:
+            for one in found:
+                if one.exception() is None and hasattr(one.result(), "close"):  # a stream that was begun
+                    one.result().close()
+            raise
 
     def _read(
         self,

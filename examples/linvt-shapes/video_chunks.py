@@ -1,10 +1,12 @@
 """Decoded frames to pixels, some at a time and in order, while the next are decoded."""
 
+import atexit
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
@@ -56,7 +58,8 @@ class Chunks:
         self._pixels: dict[int, np.ndarray] = {}
         self._missing = [min(size, count - first) for first in range(0, count, size)]
         self._taken, self._failure, self._left = 0, None, False
-        self._spare: ThreadPoolExecutor | None = None
+        self._threads: _Threads | None = None
+        self._spare = False
         self._few = threading.Semaphore(_AT_ONCE)
 
     @property
@@ -73,18 +76,22 @@ class Chunks:
         Each chunk with the number of frames before it, while `work`, each in a thread of its own, fills them; with a
         spare thread for the conversion of what they decode. Raises what one of these raises.
         """
-        pool = ThreadPoolExecutor(len(work) + spare_thread, "linvt-decode")
-        self._spare = pool if spare_thread else None
+        self._threads, self._spare = _Threads(len(work) + spare_thread), spare_thread
+        _UNDER_WAY.add(self)
         try:
             for each in work:
-                pool.submit(self._run, each)
+                self._threads.submit(lambda each=each: self._run(each))
             for number in range(len(self._missing)):
                 yield number * self.size, self._take(number)
         finally:
-            with self._changed:
-                self._left = True
-                self._changed.notify_all()
-            pool.shutdown()
+            self.leave()
+
+    def leave(self) -> None:
+        """Ends the work, and waits for its threads."""
+        with self._changed:
+            self._left = True
+            self._changed.notify_all()
+        self._threads.end()
 
     def _take(self, number: int) -> np.ndarray:
         with self._changed:
@@ -130,12 +137,12 @@ class Chunks:
                 raise _Left
         if size != self._frame_size and not self.resize:
             raise Misled
-        if self._spare is None:
+        if not self._spare:
             self._fill(number, place, frame)
             return
         while not self._few.acquire(timeout=1):  # each holds one of the decoder's pictures
             self.check()
-        self._spare.submit(self._run, lambda: self._fill(number, place, frame, self._few.release))
+        self._threads.submit(lambda: self._run(lambda: self._fill(number, place, frame, self._few.release)))
 
     def _fill(self, number: int, place: int, frame: Any, done: Callable[[], None] = lambda: None) -> None:
         try:
@@ -166,6 +173,43 @@ class Chunks:
         ).planes[0]
         rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
         return upright(rows[:, : 3 * width].reshape(height, width, 3), frame)
+
+
+class _Threads:
+    """
+    Threads that do what is submitted, in turn. Python waits for those of a `ThreadPoolExecutor` before it ends, and
+    these may wait for room that nobody will make.
+    """
+
+    def __init__(self, count: int):
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._all = [threading.Thread(target=self._run, name="linvt-decode", daemon=True) for _ in range(count)]
+        for thread in self._all:
+            thread.start()
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        self._work.put(work)
+
+    def end(self) -> None:
+        for _ in self._all:
+            self._work.put(None)
+        for thread in self._all:
+            if thread is not threading.current_thread():  # Python collects garbage wherever it is
+                thread.join()
+
+
+_UNDER_WAY: WeakSet[Chunks] = WeakSet()
+
+
+@atexit.register
+def _leave_all() -> None:
+    """What nobody read to its end, before Python ends: a decoder's thread must not outlive it."""
+    for chunks in list(_UNDER_WAY):
+        chunks.leave()
 
 
 def check_size(name: str, width: int, height: int, limits: Limits) -> None:

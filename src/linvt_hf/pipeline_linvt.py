@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, get_worker_info
 from transformers import BatchFeature, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils import logging
 
 from .chat_templates import videos_of, with_videos
+from .choice_scores import score_choices
 from .encoded_video import EncodedVideo, PixelStream
 from .explanation import Explanation, explain
 from .video_reading import is_one_video
@@ -25,8 +25,6 @@ logger = logging.get_logger(__name__)
 
 _SAMPLING = ("num_frames", "fps", "videos_kwargs")
 _STAY = ("pixel_values_videos", "num_frames")
-# Inputs of which a sample has one row.
-_ROW_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "video_embeds"}
 
 
 def _identity(video: Any) -> tuple | int:
@@ -208,8 +206,9 @@ class VideoQuestionAnsweringPipeline(Pipeline):
                 messages = [{"role": "user", "content": content}]
         else:  # the base class makes a Chat of what looks like one
             messages = getattr(inputs, "messages", inputs)
-        if choices is not None and (not len(choices) or not all(isinstance(option, str) for option in choices)):
-            raise ValueError(f"choices are texts, at least one; got {choices!r}.")
+        texts = isinstance(choices, list | tuple) and all(isinstance(option, str) for option in choices)
+        if choices is not None and not (texts and choices):
+            raise ValueError(f"choices are a list of texts, at least one; got {choices!r}.")
         if get_worker_info() is None:
             return {"messages": messages, "choices": [choices]}
         # In a process of its own a video is read whole, to be sent to this one.
@@ -292,7 +291,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             if not all(choices):
                 raise ValueError("In one batch some inputs have choices and some have none; ask them separately.")
             scored = [
-                self._score_choices(dict(sample), options) for sample, options in zip(samples, choices, strict=True)
+                score_choices(self.model, self.tokenizer, dict(sample), options)
+                for sample, options in zip(samples, choices, strict=True)
             ]
             return list(zip(scored, times, strict=True))
         limited = {"max_new_tokens", "max_length", "generation_config"} & generate_kwargs.keys()
@@ -333,50 +333,6 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             return_tensors="pt",
             processor_kwargs={name: value for name, value in processor_kwargs.items() if value is not None},
         )
-
-    def _score_choices(self, features: dict, options: list[str]) -> list[dict]:
-        """The options of one input, best first. Its videos are encoded once; its options run as one batch."""
-        if isinstance(options, str):
-            raise ValueError(f"choices must be a list of options, not one text: {options!r}.")
-        nested = any(one != other and other.startswith(one) for one in options for other in options)
-        features.pop("labels", None)  # some bases' processors add them
-        videos = self.model.take_video_inputs(features)
-        if videos:
-            features["video_embeds"] = self.model.get_video_features(**videos).pooler_output
-        if features.keys() <= _ROW_INPUTS:
-            scores = self._log_likelihoods(features, options, nested)
-        else:  # an image is no row of the batch, and cannot be repeated for each option like one
-            scores = torch.cat([self._log_likelihoods(dict(features), [option], nested) for option in options])
-        rows = zip(options, scores.softmax(dim=0).tolist(), scores.tolist(), strict=True)
-        answers = [{"answer": option, "score": share, "log_likelihood": score} for option, share, score in rows]
-        return sorted(answers, key=lambda answer: answer["score"], reverse=True)
-
-    def _log_likelihoods(self, features: dict, options: list[str], to_the_end: bool = False) -> Tensor:
-        """Mean log-probability of each option's tokens after the prompt, and of the answer's end if asked for, [K]."""
-        input_ids = features.pop("input_ids")  # [1, S]
-        # An option stands after the prompt as it would in running text.
-        space = "" if self.tokenizer.decode(input_ids[0, -1:])[-1:].isspace() else " "
-        rows = [self.tokenizer(space + option, add_special_tokens=False)["input_ids"] for option in options]
-        if not all(option.strip() for option in options):
-            raise ValueError(f"A choice has no words: {options}.")
-        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(input_ids.device)  # [K, L]
-        real = pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True).to(input_ids.device)
-
-        input_ids, inputs = self.model._expand_inputs_for_generation(len(rows), input_ids=input_ids, **features)
-        for name in ("token_type_ids", "mm_token_type_ids"):
-            if name in inputs:
-                answer_type = torch.full_like(ids, self.model.image_llm.answer_token_type)
-                inputs[name] = torch.cat([inputs[name], answer_type], dim=1)
-        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], real.to(inputs["attention_mask"])], dim=1)
-        logits = self.model(torch.cat([input_ids, ids], dim=1), **inputs, logits_to_keep=ids.shape[1] + 1).logits
-        log_probability = logits.float().log_softmax(dim=-1)  # [K, L + 1, vocabulary]
-        chosen = log_probability[:, :-1].gather(2, ids[..., None])[..., 0]  # [K, L]
-        total, count = (chosen * real).sum(dim=1), real.sum(dim=1)
-        stops = self.model.generation_config.eos_token_id
-        if to_the_end and stops is not None:
-            after = log_probability[torch.arange(len(ids), device=ids.device), count.long()]  # [K, vocabulary]
-            total, count = total + after[:, torch.tensor(stops).reshape(-1)].logsumexp(dim=1), count + 1
-        return total / count
 
     # ---- answers ----
 
