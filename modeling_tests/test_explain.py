@@ -1,5 +1,6 @@
 """What an answer was read from: the numbers, against the model itself, and the pictures of them."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from tiny_models import noise_video, wrapped
+from transformers import GenerationConfig
 from video_files import moving_square, write_video
 
 from linvt_hf import VideoQuestionAnsweringPipeline
@@ -179,8 +181,22 @@ def test_a_folder_of_pictures(tmp_path, capsys):
     frames = json.loads((tmp_path / "part" / "1" / "explanation.json").read_text())["frames"]
     assert [frame["time"] for frame in frames] == [1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875]  # shown in between
     capsys.readouterr()
+    pipe = load_pipeline(SHAPES)
+    pipe.model.encode_video(pipe.processor.stream(VIDEO)).save(tmp_path / "v.safetensors")
+    assert main(["explain", str(SHAPES), str(tmp_path / "v.safetensors"), FLASH, "--out", str(tmp_path)]) == 2
+    assert "An encoded video holds no pictures to explain; give the video itself" in capsys.readouterr().err
     assert main(["explain", str(SHAPES), "nowhere.mp4", FLASH, "--out", str(tmp_path)]) == 2
     assert "There is no video at nowhere.mp4" in capsys.readouterr().err
+
+
+def test_the_answer_is_the_one_that_is_given():
+    """Within the length that the model or the call sets, in whatever way it is said."""
+    pipe, video = copy.deepcopy(pipe_of()), noise_video(4, seed=2)
+    shorter = {"generation_config": GenerationConfig(max_new_tokens=2, do_sample=False)}
+    assert pipe.explain(video, "Who?", **shorter).answer == pipe(video=video, question="Who?", **shorter)[0]["answer"]
+    pipe.model.generation_config.max_new_tokens = 3
+    answer = pipe(video=video, question="Who?", do_sample=False)[0]["answer"]
+    assert pipe.explain(video, "Who?", do_sample=False, return_dict_in_generate=True).answer == answer
 
 
 def test_without_times(shapes, tmp_path):

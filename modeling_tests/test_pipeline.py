@@ -1,7 +1,9 @@
 """The video-question-answering pipeline, inside the package (test_hub_folder.py has it from a bare folder)."""
 
+import copy
 import threading
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -300,6 +302,7 @@ def told(block):
         ({"inputs": told({"video": "v.mp4"})}, "a block of no type; blocks are of type 'text', 'image', 'video'"),
         ({"video": VIDEOS[0], "question": "Who?", "choices": ["a", ""]}, "A choice has no words"),
         ({"video": VIDEOS[0], "question": "Who?", "choices": "red"}, "choices are a list of texts, .*; got 'red'"),
+        ({"inputs": {"messages": None}}, "messages are a list, of a chat's turns; got NoneType"),
         ({"inputs": "v.mp4"}, "Nothing to answer"),
         ({"inputs": []}, "Nothing to answer"),
     ],
@@ -318,6 +321,42 @@ def test_a_part_of_a_video(tmp_path):
     assert pipe(**asked)[0]["frame_times"][0] == whole  # and not what was kept of the part
     with pytest.raises(ValueError, match="videos_kwargs has begin; known are"):
         pipe(**asked, videos_kwargs={"begin": 1})
+
+
+@torch.no_grad()
+def test_what_was_encoded_is_forgotten_where_it_would_be_otherwise_now(tmp_path):
+    pipe = copy.deepcopy(pipe_of())
+    model, processor, path = pipe.model, pipe.processor, str(write_video(tmp_path / "v.mp4", moving_square(40)))
+    encoded, encode_videos = [], model.encode_videos
+    model.encode_videos = lambda streams, progress: encoded.append(len(streams)) or encode_videos(streams, progress)
+
+    def ask(**sampling):
+        encoded.clear()
+        answers = [pipe(video=path, question="Who?", return_frame_times=True, **SETTINGS, **sampling)[0] for _ in "12"]
+        assert answers[0] == answers[1]
+        return answers[0]
+
+    changes = {
+        "nothing": lambda: None,
+        "frames": lambda: setattr(processor, "num_frames", 3),
+        "pixels": lambda: setattr(processor.image_processor, "image_mean", [0.1, 0.2, 0.3]),
+        "stored": lambda: setattr(model.config, "num_stored_tokens", 7),
+        "encoder": lambda: model.base.get_encoder("image").encoder.layer[0].layernorm_before.weight.mul_(2),
+        "projector": lambda: [w.mul_(2) for w in model.base.model.multi_modal_projector.parameters()],
+        "scorer": lambda: [w.add_(0.1 * torch.randn_like(w)) for w in model.video_tokenizer.scorer.parameters()],
+    }
+    ask()
+    for name, change in changes.items():
+        change()
+        ask()
+        assert encoded == ([0, 0] if name == "nothing" else [1, 0]), name
+    model.base.get_decoder().layers[0].input_layernorm.weight.mul_(2)  # it comes later
+    ask()
+    assert encoded == [0, 0]
+    for other in (10, 20):  # in the middle of what numpy does not print
+        index = np.full(1200, 30)
+        index[600] = other
+        assert ask(videos_kwargs={"indices": index})["frame_times"][0][600] == pytest.approx(other / 8)
 
 
 def test_a_prompt_longer_than_the_model_reads(monkeypatch):

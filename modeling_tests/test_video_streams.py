@@ -291,9 +291,16 @@ def test_of_another_linvt(files):
     with torch.no_grad():
         for parameter in other.video_tokenizer.scorer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    attending = copy.deepcopy(model)
+    with torch.no_grad():  # of which a single token would tell nothing
+        for name, parameter in attending.video_tokenizer.scorer.layers.named_parameters():
+            if "query" in name or "key" in name:
+                parameter.normal_()
     refused = pytest.raises(ValueError, match=r"scored by another LinVT \(their scorers differ by \d+%, and by 5%")
     with refused:
         other.generate(**inputs, max_new_tokens=1)
+    with refused:
+        attending.generate(**inputs, max_new_tokens=1)
     changing = copy.deepcopy(model)
     changing.generate(**inputs, max_new_tokens=1)
     changing.video_tokenizer.scorer.load_state_dict(other.video_tokenizer.scorer.state_dict())

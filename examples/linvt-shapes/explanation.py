@@ -100,7 +100,7 @@ def explain(
     """See `VideoQuestionAnsweringPipeline.explain`."""
     if importance not in ("uniform", "gradient"):
         raise ValueError(f"importance is {importance!r}; it is 'uniform' or 'gradient'.")
-    if not question.strip():
+    if not isinstance(question, str) or not question.strip():
         raise ValueError("A question has no words, so there is no answer to explain; ask something.")
     model, processor = pipeline.model, pipeline.processor
     reading = {"num_frames": num_frames, "fps": fps, "videos_kwargs": videos_kwargs}
@@ -113,10 +113,8 @@ def explain(
         found = model.get_video_features(**inputs, output_weights=True)
         tokens = found.pooler_output  # [1, M, D]
         if answer is None:
-            limited = {"max_new_tokens", "max_length"} & generate_kwargs.keys()
-            limit = {} if limited else {"max_new_tokens": pipeline.MAX_NEW_TOKENS}
-            sequences = model.generate(**features, video_embeds=tokens, **limit, **generate_kwargs)
-            new = sequences[:, features["input_ids"].shape[1] :]
+            sequences = model.generate(**features, video_embeds=tokens, **pipeline.limited(generate_kwargs))
+            new = getattr(sequences, "sequences", sequences)[:, features["input_ids"].shape[1] :]
             answer = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
     count = tokens.shape[1]
     share = torch.full((count,), 1 / count)

@@ -17,6 +17,7 @@ FRAMES_INPUTS = ("pixel_values_videos", "frame_features", "encoded_videos")  # a
 VIDEO_INPUTS = (*FRAMES_INPUTS, "num_frames", "frame_times", "question_ids", "question_mask")
 _SAME_SCORER = 0.05  # ours: bfloat16 differs from float32 by about 1 %
 FRAME_PREFIX = "frames_"  # what the base's image processor gave beside the pixels of the frames
+_NORMED = (torch.float32, torch.bfloat16, torch.float16)  # types of weights, but quantised ones, which do not change
 _SIZES = ("image_grid_thw", "image_sizes")  # of these, what tells how frames' tokens lie
 
 
@@ -66,6 +67,26 @@ class VideoMixin:
                 raise ValueError(f"A {type(stream).__name__} cannot be encoded; give processor.stream(video).")
         encoded = iter(self._encode_streams(streams, progress or (lambda done, total: None)))
         return [next(encoded) if video is None else video for video in known]
+
+    @torch.no_grad()
+    def encoding_state(self) -> tuple:
+        """
+        What tells whether a video would be encoded as it was before: settings, and the norms of all weights that it
+        goes through until there is a question. Those are read for it, which takes less than a word of the language
+        model; that a weight has changed, optimizers do not always say.
+        """
+        settings = {name: value for name, value in vars(self.config).items() if name != "base_config"}
+        after = [part for part in (self.base.get_decoder(), self.base.get_output_embeddings()) if part is not None]
+        later = {id(weight) for part in after for weight in part.parameters()}
+        weights = [
+            w for w in (*self.base.parameters(), *self.video_tokenizer.scorer.parameters()) if id(w) not in later
+        ]
+        weights = [w.detach() for w in weights if w.dtype in _NORMED and not w.is_meta]
+        norms: list[float] = []
+        for device in dict.fromkeys(w.device for w in weights):
+            here = [w for w in weights if w.device == device]
+            norms += torch.stack(torch._foreach_norm(here, 2, torch.float32)).tolist()
+        return repr(settings), tuple(norms)
 
     def _encode_streams(self, streams: list[PixelStream], progress: Callable[[int, int], None]) -> list[EncodedVideo]:
         encoded: list[EncodedVideo | None] = [None] * len(streams)

@@ -1,5 +1,6 @@
 """The `video-question-answering` pipeline: videos and questions in, answers out."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -35,6 +36,11 @@ def _identity(video: Any) -> tuple | int:
     return id(video)
 
 
+def _in_words(sampling: dict) -> str:
+    """Whole, where `repr` leaves out the middle of a long array."""
+    return json.dumps(sampling, default=lambda value: value.tolist() if hasattr(value, "tolist") else repr(value))
+
+
 @dataclass
 class _Videos:
     """Of a batch, by what tells them apart: all in order, the new ones that are read, and what the one before left."""
@@ -56,6 +62,8 @@ def _check(inputs: dict) -> None:
             "or with 'messages', and perhaps 'choices', or a chat."
         )
     question = inputs.get("question", "")
+    if "messages" in inputs and not isinstance(inputs["messages"], list | tuple):
+        raise ValueError(f"messages are a list, of a chat's turns; got {type(inputs['messages']).__name__}.")
     if not isinstance(question, str):
         raise ValueError(f"A question is a text; got {type(question).__name__} {question!r}.")
 
@@ -122,6 +130,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._last: dict[tuple, EncodedVideo] = {}  # the video that was asked about last, by what it is
+        self._state: tuple = ()  # of model and processor, as they were then
 
     def _sanitize_parameters(
         self,
@@ -180,9 +189,15 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             inputs = pairs[0] if is_one_video(video) and not several else pairs
         if inputs is None or isinstance(inputs, str) or (isinstance(inputs, (list, tuple)) and not inputs):
             raise ValueError("Nothing to answer: give video= and question=, or a chat.")
+        self._forget_if_changed()
         if isinstance(inputs, Iterator):  # of these, the base class knows generators alone
             inputs = (each for each in inputs)
         return super().__call__(inputs, **kwargs)
+
+    def _forget_if_changed(self) -> None:
+        """The last video, where it would be encoded otherwise now: models are trained between questions."""
+        if (state := (self.model.encoding_state(), self.processor.encoding_state())) != self._state:
+            self._last, self._state = {}, state
 
     def explain(self, video: Any, question: str, **kwargs) -> Explanation:
         """
@@ -275,7 +290,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         videos = model_inputs.get("videos")
         if videos is None:
             sampling = dict(zip(_SAMPLING, (num_frames, fps, videos_kwargs), strict=True))
-            videos = self._open(items, sampling, set(self._last), self._last)
+            last = dict(self._last)
+            videos = self._open(items, sampling, set(last), last)
         encoded = iter(self._encode(videos, progress))
         samples, times = [], []
         for item in items:
@@ -295,21 +311,25 @@ class VideoQuestionAnsweringPipeline(Pipeline):
                 for sample, options in zip(samples, choices, strict=True)
             ]
             return list(zip(scored, times, strict=True))
-        limited = {"max_new_tokens", "max_length", "generation_config"} & generate_kwargs.keys()
-        if not limited and self.model.generation_config.max_new_tokens is None:
-            generate_kwargs["max_new_tokens"] = self.MAX_NEW_TOKENS
         features = self.processor.collate(samples)
         length, text = features["input_ids"].shape[1], self.model.config.get_text_config()
         if length > (context := getattr(text, "max_position_embeddings", None) or length):
             logger.warning(f"A prompt takes {length} tokens, and the model reads {context}: its answer means little.")
-        sequences = self.model.generate(**features, **generate_kwargs)
+        sequences = self.model.generate(**features, **self.limited(generate_kwargs))
         sequences = getattr(sequences, "sequences", sequences)[:, features["input_ids"].shape[1] :]
         return list(zip(sequences.unflatten(0, (len(choices), -1)), times, strict=True))
+
+    def limited(self, generate_kwargs: dict) -> dict:
+        """Arguments of `generate`, with the longest answer where neither they nor the model say."""
+        given = {"max_new_tokens", "max_length", "generation_config"} & generate_kwargs.keys()
+        if given or self.model.generation_config.max_new_tokens is not None:
+            return generate_kwargs
+        return {**generate_kwargs, "max_new_tokens": self.MAX_NEW_TOKENS}
 
     def _open(self, items: list[dict], sampling: dict, known: set[tuple], last: dict) -> "_Videos":
         """Begins to read a batch's videos, each once, but none of the `known`, which `last` will hold by its turn."""
         videos = [video for item in items for video in videos_of(item.get("messages", ()))]
-        keys = [(_identity(video), repr(sampling)) for video in videos]
+        keys = [(_identity(video), _in_words(sampling)) for video in videos]
         new = {key: video for key, video in zip(keys, videos, strict=True) if key not in known}
         chunk_size = self.model.config.frames_per_chunk
         streams = self.processor.streams(list(new.values()), **sampling, chunk_size=chunk_size)

@@ -96,13 +96,12 @@ class SignificanceScorer(nn.Module):
 
     @torch.no_grad()
     def probe(self) -> Tensor:
-        """What it makes of a token that is always the same, [d] float32 on the CPU: it tells two scorers apart."""
+        """What it makes of two frames that are always the same, [4 * d] float32 on the CPU: tells scorers apart."""
         weight = self.project.weight  # made anew each time: nothing tells that weights are as they were
-        wave = torch.arange(self.config.hidden_size, device=weight.device).sin().to(weight.dtype)
-        middle = torch.full((1, 2), 0.5, device=weight.device)
-        return (
-            self.compare_window(self.look(wave[None, None, None]), None, middle[:, :1], middle)[0, 0, 0].float().cpu()
-        )
+        wave = torch.arange(4 * self.config.hidden_size, device=weight.device).sin().to(weight.dtype)
+        places = torch.tensor([[0.25, 0.5], [0.75, 0.5]], device=weight.device)
+        features = self.compare_window(self.look(wave.view(1, 2, 2, -1)), None, places[None, :, 0], places)
+        return features.flatten().float().cpu()
 
     def forward(
         self,

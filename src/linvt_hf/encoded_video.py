@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .token_refiner import VideoTokens
 from .video_reading import Clip, VideoStream
 
-_FORMAT = "linvt-video-3"
+_FORMAT = "linvt-video-4"
 _BESIDE = ("times", "made_by")  # tensors beside the tokens
 
 

@@ -56,6 +56,11 @@ class VideoProcessing:
 
         return self._read_all(videos, sampling, read)
 
+    def encoding_state(self) -> tuple:
+        """What tells whether a video would be read and turned to pixels as it was before."""
+        own = (self.num_frames, self.fps, self.frame_kwargs, self.frame_inputs, vars(self.image_processor))
+        return tuple(map(repr, own))
+
     def _sampling(
         self, num_frames: int | None, fps: float | None, do_sample_frames: bool, videos_kwargs: dict | None
     ) -> dict:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..encoded_video import as_encoded
 from ..explanation import Explanation
 from ..video_reading import Clip
 
@@ -255,6 +256,8 @@ def explain_to_folder(
     `side_by_side.png`. Other arguments as for `pipeline.explain`.
     """
     processor = pipeline.processor
+    if as_encoded(video) is not None:
+        raise ValueError("An encoded video holds no pictures to explain; give the video itself.")
     clip = processor._read(video, **processor._sampling(num_frames, fps, True, videos_kwargs))
     box = seen_box(processor, *clip.frames.shape[1:3])
     made, explanations = [], []
