@@ -100,6 +100,16 @@ def test_what_is_left_of_a_damaged_file(tmp_path):
     assert run_batch(settings(tmp_path, on_error="keep"), tmp_path / "keep").answered == 2
 
 
+def test_what_is_no_question_fails_alone(videos, tmp_path):
+    lines = tmp_path / "rows.jsonl"
+    questions = [QUESTIONS[0], 5, None, QUESTIONS[1]]
+    lines.write_text("\n".join(json.dumps({"video": str(videos / "0.mp4"), "question": q}) for q in questions))
+    assert run_batch(settings(lines, questions=()), tmp_path / "out") == Progress(2, 2, 2, 2)
+    failed = rows(tmp_path / "out", "failed")
+    assert [(row["row"], row["question"]) for row in failed] == [(1, "5"), (2, None)]
+    assert "got int 5" in failed[0]["error"] and "got NoneType None" in failed[1]["error"]
+
+
 def test_rows_of_files(videos, tmp_path, done):
     """With ids and questions of their own; paths are from the file's folder on."""
     table = [

@@ -91,6 +91,7 @@ def test_what_is_left_of_a_damaged_file(model, video, tmp_path, capsys):
         (["ask", "{empty}", "{video}", "Who?"], "that can be loaded: it holds no config.json"),
         (["convert", "{empty}", "{new}"], "that can be loaded: it holds no config.json"),
         (["ask", "{damaged}", "{video}", "Who?"], "are cut short or damaged"),
+        (["wrap", "{damaged_base}", "{new}"], "are cut short or damaged"),
         (["ask", "{model}", "{video}", "Who?", "--base", "b"], "is a whole model and needs no base; leave b out"),
         (["serve", "{model}", "--port", "99999"], "--port is 99999; ports are 0 to 65535"),
         (["ask", "{model}", "{video}", "Who?", "--start", "1", "--end", "0.5"], "start must be before end"),
@@ -99,11 +100,12 @@ def test_what_is_left_of_a_damaged_file(model, video, tmp_path, capsys):
 )
 def test_one_sentence_and_exit_status_2(arguments, message, model, video, tmp_path, capsys):
     places = {"model": model, "video": video, "base": str(base_folder("internvl_qwen2"))}
-    places |= {name: str(tmp_path / name) for name in ("new", "empty", "damaged")}
+    places |= {name: str(tmp_path / name) for name in ("new", "empty", "damaged", "damaged_base")}
     (tmp_path / "empty").mkdir()
-    shutil.copytree(model, tmp_path / "damaged")
-    weights = tmp_path / "damaged" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
+    for name, whole in (("damaged", model), ("damaged_base", places["base"])):
+        shutil.copytree(whole, tmp_path / name)
+        weights = tmp_path / name / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
     capsys.readouterr()
     assert main([argument.format(**places) for argument in arguments]) == 2
     errors = [

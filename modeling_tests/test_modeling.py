@@ -1,6 +1,7 @@
 """The wrapped model, each base in turn: videos, images and texts through one path."""
 
 import copy
+import inspect
 import shutil
 import traceback
 
@@ -270,8 +271,12 @@ def test_compiled_in_parts():
     expected = [greedy(model, inputs) for inputs in (*asked, encode(processor, *MIXED))]
     model.compile(backend="eager")
     graphs, found = [], []
+    own = (
+        "recompile_limit" in inspect.signature(torch.compile).parameters
+    )  # then that of the thread, below, is not asked
+    limit = {"recompile_limit": 1, "fail_on_recompile_limit_hit": True} if own else {"verbose": False}
     # So small, a video may have as many tokens as a question words, and torch would take that for a rule.
-    with torch.fx.experimental._config.patch(use_duck_shape=False):
+    with torch.fx.experimental._config.patch(use_duck_shape=False), torch._dynamo.config.patch(**limit):
         for inputs in asked:
             found.append(greedy(model, inputs))
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -524,13 +529,17 @@ def test_generation_without_the_video():
     inputs = dict(encode(processor, chat(noise_video(), "What moves?")))
     with pytest.raises(ValueError, match="prefill_chunk_size does not work with videos"):
         model.generate(**inputs, prefill_chunk_size=4)
+    with pytest.raises(ValueError, match="prefill_chunk_size does not work with videos"):
+        model.generate(**inputs, generation_config=GenerationConfig(prefill_chunk_size=4, max_new_tokens=1))
     with pytest.raises(ValueError, match=r"positive count for each video; got \[4, 0\]"):
         model(**{**inputs, "num_frames": torch.tensor([4, 0])})
     with pytest.raises(ValueError, match="1 videos, but 2 rows of question_ids"):
         model(**{**inputs, "question_ids": inputs["question_ids"].repeat(2, 1)})
     model.take_video_inputs(inputs)
-    with pytest.raises(ValueError, match="hold video tokens, but no video was given"):
-        model.generate(**inputs)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    for prompt in ({}, {"input_ids": None, "inputs_embeds": embeds}):
+        with pytest.raises(ValueError, match="hold video tokens, but no video was given"):
+            model.generate(**{**inputs, **prompt})
 
 
 def test_a_setting_that_does_not_exist():
@@ -570,6 +579,8 @@ def test_videos_and_places_must_match():
     twice = {**inputs, "input_ids": torch.cat([inputs["input_ids"]] * 2), "attention_mask": None}
     with pytest.raises(ValueError, match="hold 16 video tokens, but 1 videos of 8 tokens make 8"):
         model(**twice)
+    with pytest.raises(ValueError, match="hold places for 2 videos, and 1 were given"):
+        model.generate(**twice, num_beams=2, max_new_tokens=1)
     with pytest.raises(ValueError, match="4 rows, but num_frames asks for 5"):
         model(**{**inputs, "num_frames": torch.tensor([5])})
     # Without ids a placeholder is known by its embedding.

@@ -307,6 +307,16 @@ def test_the_mask_of_assistant_tokens_is_refused():
         processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
 
 
+def test_every_block_of_a_chat_is_looked_at():
+    """Also after the first video, and where text is all that is wanted: templates leave out what they do not know."""
+    _, processor = wrapped("mipha")
+    broken = {"role": "assistant", "content": [{"type": "txt", "text": "lost"}]}
+    messages = [*chat(noise_video(), "What?"), broken, *chat("And?")]
+    for tokenize in (True, False):
+        with pytest.raises(ValueError, match="a block of type 'txt'; blocks are of type 'text'"):
+            processor.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize)
+
+
 def test_settings_of_the_text():
     _, processor = wrapped("mipha")
     texts = [f"{VIDEO_TOKEN} what?", f"{VIDEO_TOKEN} and what is that?"]

@@ -95,12 +95,15 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
         """
         # Of all parts whose forward transformers wraps alike: one question and a few sizes of batches use up torch's
         # own limit of 8, and the rest would silently not be compiled.
-        dynamo = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, _PROGRAMS)
+        settings = {"dynamic": True, **settings}
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            settings.setdefault("recompile_limit", _PROGRAMS)
+        else:  # an older torch has one for all, and only in the thread that sets it
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _PROGRAMS)
         tokenizer = self.video_tokenizer
         parts = [self.base.get_encoder("image"), tokenizer.question, *tokenizer.scorer.layers, tokenizer.scorer]
         for part in (*parts, tokenizer.aggregator, self.base.get_decoder()):
-            part.compile(*args, **{"dynamic": True, **settings})
+            part.compile(*args, **settings)
 
     # ---- the base's parts ----
 
@@ -296,9 +299,11 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         given = any(kwargs.get(name) is not None for name in ("waiting_videos", "video_embeds"))
         cached = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
-        if given and kwargs.get("prefill_chunk_size") is not None:
+        if given and self._chosen("prefill_chunk_size", args, kwargs) is not None:
             raise ValueError("prefill_chunk_size does not work with videos; leave it out.")
-        if not given and not cached and input_ids is not None and (input_ids == self.config.video_token_id).any():
+        embeds = kwargs.get("inputs_embeds")
+        ids = input_ids if embeds is None else None  # which go before ids
+        if not (given or cached or (ids is None and embeds is None)) and self._placeholders(ids, embeds).any():
             raise ValueError("The prompts hold video tokens, but no video was given; pass the processor's output.")
         return super().generate(inputs, *args, **kwargs)
 
@@ -308,12 +313,16 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
         frames. Not where every forward needs the videos' tokens, where others decide what a forward gets, or where
         forward is compiled or wrapped as a whole, as accelerate does, which would take all pixels to the device.
         """
-        configs = (kwargs.get("generation_config"), args[0] if args else None, self.generation_config)
-        chosen = [kwargs.get("use_cache"), *(config.use_cache for config in configs if config is not None)]
-        cached = next((choice for choice in chosen if choice is not None), True)
+        cached = self._chosen("use_cache", args, kwargs) in (None, True)
         others = any(kwargs.get(name) is not None for name in ("assistant_model", "custom_generate"))
         own = "forward" not in vars(self) and self._compiled_call_impl is None
         return cached and own and not others
+
+    def _chosen(self, setting: str, args: tuple, kwargs: dict):
+        """A setting of a call of `generate`, wherever it is given; None where it is nowhere."""
+        configs = (kwargs.get("generation_config"), args[0] if args else None, self.generation_config)
+        chosen = [kwargs.get(setting), *(getattr(config, setting, None) for config in configs)]
+        return next((choice for choice in chosen if choice is not None), None)
 
     def prepare_inputs_for_generation(
         self,
@@ -356,8 +365,13 @@ class LinVTForConditionalGeneration(VideoMixin, HubFolderMixin, LinVTPreTrainedM
         if video_embeds is not None and expand_size > 1:
             ids = input_ids if input_ids is not None and input_ids.shape[1] else None
             places = self._placeholders(ids, model_kwargs.get("inputs_embeds"))
-            per_sample = places.sum(dim=1) // self.config.num_video_tokens
-            samples = video_embeds.split(per_sample.tolist())
+            per_sample = (places.sum(dim=1) // self.config.num_video_tokens).tolist()
+            if sum(per_sample) != len(video_embeds):
+                raise ValueError(
+                    f"The prompts hold places for {sum(per_sample)} videos, and {len(video_embeds)} were given; pass "
+                    "the processor's output unchanged, one video a placeholder."
+                )
+            samples = video_embeds.split(per_sample)
             video_embeds = torch.cat([sample for sample in samples for _ in range(expand_size)])
         input_ids, model_kwargs = self.base._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs

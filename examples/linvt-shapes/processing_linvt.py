@@ -153,11 +153,11 @@ class LinVTProcessor(ProcessorMixin, VideoProcessing):
         change from turn to turn; with `question_turn="first"` among `processor_kwargs` the first one is, and they
         stay.
         """
+        batch = conversation if conversation and isinstance(conversation[0], (list, tuple)) else [conversation]
+        videos = [block for messages in batch for turn in messages for block in blocks_of(turn, "video")]
         if kwargs.get("tokenize"):
             processor_kwargs = dict(processor_kwargs or {})
-            batch = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
-            with_videos = any(blocks_of(turn, "video") for messages in batch for turn in messages)
-            if with_videos and kwargs.get("return_assistant_tokens_mask"):
+            if videos and kwargs.get("return_assistant_tokens_mask"):
                 raise ValueError(
                     "return_assistant_tokens_mask does not count a video's tokens; find the answers by the template's "
                     "own marks, or leave it out."

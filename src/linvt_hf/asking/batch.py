@@ -189,14 +189,14 @@ def _chunks(settings: BatchSettings, wanted: Sequence[int]) -> Iterator[tuple[in
     wanted, asked, chunk = set(wanted), [], 0
     source = Path(settings.input)
     for number, row in enumerate(read_rows(source)):
+        if number == 0 and not settings.questions and "question" not in row:  # a later row's is its own mistake
+            raise ValueError(f"Row {number} of {source} has no question, and none were given for all.")
         if number // settings.chunk != chunk:
             if chunk in wanted:
                 yield chunk, asked
             asked, chunk = [], number // settings.chunk
         if chunk in wanted:
             questions = settings.questions or (row.get("question"),)
-            if questions == (None,):
-                raise ValueError(f"Row {number} of {source} has no question, and none were given for all.")
             about = {"row": number, "id": str(row.get("id", number)), "video": row["video"], "path": row["path"]}
             asked += [{**about, "question": question} for question in questions]
     if chunk in wanted:
@@ -227,7 +227,7 @@ class Worker:
         found = answer_all(self.pipeline, inputs, batch_size=self.batch_size, **self.asking)
         for one, answer in zip(asked, found, strict=True):
             if answer.error is not None:
-                failed.append({**one, "error": answer.error})
+                failed.append({**one, "question": _text(one["question"]), "error": answer.error})
                 continue
             scores = answer.log_likelihoods
             answers.append(
@@ -242,6 +242,11 @@ class Worker:
             "answers": pa.Table.from_pylist(answers, ANSWERS),
             "failed": pa.Table.from_pylist(failed, FAILED),
         }
+
+
+def _text(question: object) -> str | None:
+    """What was given as a question, to be written down."""
+    return None if question is None else str(question)
 
 
 def _here(

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
 
-from ..conversion.loading import load_config
+from ..conversion.loading import load_config, naming_damage
 from ..modeling_linvt import LinVTForConditionalGeneration
 from ..pipeline_linvt import VideoQuestionAnsweringPipeline
 from ..processing_linvt import LinVTProcessor
@@ -48,10 +47,8 @@ def load_pipeline(
     elif base is not None:
         raise ValueError(f"{model} is a whole model and needs no base; leave {base} out.")
     else:
-        try:
+        with naming_damage(model):
             loaded = LinVTForConditionalGeneration.from_pretrained(model, dtype=dtype, **loading).eval()
-        except SafetensorError as error:
-            raise OSError(f"The weights in {model} are cut short or damaged ({error}); fetch them again.") from error
         processor = LinVTProcessor.from_pretrained(model)
     return VideoQuestionAnsweringPipeline(model=loaded, processor=processor, device=place)
 

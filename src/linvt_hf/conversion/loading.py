@@ -1,8 +1,11 @@
 """Image-LLMs and LinVT models from wherever they are, in transformers' layout or as their makers published them."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -24,6 +27,15 @@ from ..modeling_linvt import LinVTForConditionalGeneration
 from ..processing_linvt import processor_class_of
 from .convert import KNOWN, Conversion, find_original, load_original
 from .original import ProcessorParts
+
+
+@contextmanager
+def naming_damage(path: str | Path) -> Iterator[None]:
+    """For reading a model's weights: says which are damaged. Raises `OSError`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"The weights in {path} are cut short or damaged ({error}); fetch them again.") from error
 
 
 def load_config(path: str | Path, revision: str | None = None) -> PreTrainedConfig:
@@ -62,7 +74,8 @@ def load_base(path: str | Path, **model_kwargs) -> PreTrainedModel:
     config = load_config(path, model_kwargs.get("revision"))
     own_models = {**OWN_MODELS, LinVTConfig.model_type: LinVTForConditionalGeneration}
     model_class = own_models.get(config.model_type, AutoModelForImageTextToText)
-    model, info = model_class.from_pretrained(path, output_loading_info=True, **model_kwargs)
+    with naming_damage(path):
+        model, info = model_class.from_pretrained(path, output_loading_info=True, **model_kwargs)
     check_loaded(info, path)
     model.config._commit_hash = config._commit_hash
     return model
@@ -102,4 +115,4 @@ def _to_convert(path: str | Path, revision: str | None) -> Conversion | None:
     return None if conversion is None or conversion.original.native else conversion
 
 
-__all__ = ["load_base", "load_config", "load_processor_parts"]
+__all__ = ["load_base", "load_config", "load_processor_parts", "naming_damage"]

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..configuration_linvt import LinVTConfig, is_hub_id
-from ..conversion.loading import load_base
+from ..conversion.loading import load_base, naming_damage
 from ..modeling_linvt import LinVTForConditionalGeneration
 from ..processing_linvt import LinVTProcessor
 from .adapters import ADAPTER, add_projector, inject_lora, lora_config
@@ -161,14 +161,16 @@ def load_weights(model: LinVTForConditionalGeneration, folder: str | Path, revis
     Puts a folder's tensors into a model that has a place for each. Parameters may be sharded (then every process
     calls this). Raises `ValueError` naming each that is missing, unexpected or of another shape.
     """
-    found = load_file(_need(folder, WEIGHTS_FILE, revision))
+    with naming_damage(folder):
+        found = load_file(_need(folder, WEIGHTS_FILE, revision))
     places = {
         f"{prefix}.{name}": value
         for prefix in ("video_tokenizer", *model.trained_projector)
         for name, value in model.get_submodule(prefix).state_dict().items()
     }
     if (files := _lora_files(folder, revision)) is not None:
-        found.update(load_file(files[1]))
+        with naming_damage(folder):
+            found.update(load_file(files[1]))
     places.update({_lora_key(name): value for name, value in _lora_parameters(model).items()})
     problems = {
         "missing": sorted(places.keys() - found.keys()),
