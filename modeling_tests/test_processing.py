@@ -371,6 +371,10 @@ def test_a_part_of_a_video(tmp_path):
     path = str(write_video(tmp_path / "a.mp4", moving_square(24), fps=8))
     inputs = processor(text=f"{VIDEO_TOKEN} what?", videos=path, videos_kwargs={"start": 1.0, "end": 2.0})
     assert inputs["num_frames"].tolist() == [4] and 1 <= inputs["frame_times"].min() < inputs["frame_times"].max() < 2
+    with pytest.raises(ValueError, match="start must be a number or None, not '1'"):
+        processor(text=f"{VIDEO_TOKEN} what?", videos=path, videos_kwargs={"start": "1"})
+    with pytest.raises(ValueError, match="num_frames is 4, and 8 in videos_kwargs; give one of them"):
+        processor(text=f"{VIDEO_TOKEN} what?", videos=path, num_frames=4, videos_kwargs={"num_frames": 8})
     with pytest.raises(ValueError, match="videos_kwargs has begin; known are end, exact, "):
         processor(text=f"{VIDEO_TOKEN} what?", videos=path, videos_kwargs={"begin": 1.0})
 

@@ -66,6 +66,9 @@ class VideoProcessing:
     ) -> dict:
         """A call's arguments for reading videos, in one dict for `_read`."""
         reading = dict(videos_kwargs or {})
+        for name, value in (("num_frames", num_frames), ("fps", fps)):
+            if value is not None and reading.get(name, value) != value:
+                raise ValueError(f"{name} is {value}, and {reading[name]} in videos_kwargs; give one of them.")
         sampling = {
             "num_frames": reading.pop("num_frames", num_frames),
             "fps": reading.pop("fps", fps),

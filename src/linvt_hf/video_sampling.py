@@ -29,6 +29,10 @@ class Sampling:
 
     def __post_init__(self):
         sample_indices(1, self.num_frames)  # refuses a bad num_frames before any work
+        for name in ("fps", "start", "end"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, str) or not hasattr(value, "__float__")):
+                raise ValueError(f"{name} must be a number or None, not {value!r}.")
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise ValueError(f"fps must be a positive number of frames per second or None, not {self.fps}.")
         chosen = [name for name in ("indices", "times") if getattr(self, name) is not None]
