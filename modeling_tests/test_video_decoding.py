@@ -1,6 +1,7 @@
 """Frames of video files, whatever their structure, to the pixel those of a decode of the whole file."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -220,4 +221,9 @@ def test_tables_that_leave_something_open(tmp_path):
     assert mp4_table(hiding, 1) is None
     for box in (b"mdia", b"stbl", b"stts", b"mdhd", b"tkhd", b"trak", b"moov"):
         assert mp4_table(data.replace(box, b"none"), 1) is None
+    first = data.index(b"stts") + 12  # a number of samples: a small file that tells of many takes no memory
+    many = data[:first] + (2**28).to_bytes(4, "big") + data[first + 4 :]
+    tracemalloc.start()
+    assert mp4_table(many, 1) is None and tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
     assert mp4_table(b"", 1) is None and mp4_table(b"\0" * 100, 1) is None and mp4_table("nowhere.mp4", 1) is None

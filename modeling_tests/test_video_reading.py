@@ -93,6 +93,10 @@ def test_bad_num_frames(mp4, bad):
             read()
 
 
+def test_a_rate_above_all(mp4):
+    assert torch.equal(read_video(mp4, fps=1e308, num_frames=None).frames, read_video(mp4, num_frames=None).frames)
+
+
 @pytest.mark.parametrize("bad", [0, -1.5, float("nan"), float("inf")])
 def test_bad_fps(mp4, bad):
     with pytest.raises(ValueError, match=f"fps must be a positive .* not {bad}"):

@@ -1,6 +1,7 @@
 """Where videos come from, and what a reading may take."""
 
 import base64
+import contextlib
 import http.server
 import io
 import os
@@ -218,6 +219,70 @@ def test_a_server_that_sends_a_byte_now_and_then(server):
     assert time.monotonic() - began < 3
 
 
+def answering(write) -> str:
+    """The URL of a server that answers whatever `write` does with a connection."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def answer():
+        connection, _ = listening.accept()
+        with connection, listening, contextlib.suppress(OSError):
+            connection.recv(2**16)
+            write(connection)
+
+    threading.Thread(target=answer, daemon=True).start()
+    return f"http://127.0.0.1:{listening.getsockname()[1]}/clip.mp4"
+
+
+def test_a_server_that_never_comes_to_its_headers_end():
+    def dribble(connection):
+        connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+        for _ in range(100):
+            connection.sendall(b"a")
+            time.sleep(0.05)
+
+    def go_on(connection):
+        while True:
+            connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def chunks(connection):
+        connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(100):
+            connection.sendall(b"0")
+            time.sleep(0.05)
+
+    for write in (dribble, go_on, chunks):
+        began = time.monotonic()
+        with pytest.raises(VideoReadError, match="took longer to fetch than limits.seconds=0.3"):
+            read_video(answering(write), limits=Limits(seconds=0.3, answer_seconds=5))
+        assert time.monotonic() - began < 2
+
+
+def test_what_a_redirect_says_is_not_read(server):
+    sent = []
+
+    def write(connection):
+        connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 999999999\r\n\r\n")
+        for _ in range(64):
+            connection.sendall(bytes(2**20))
+            sent.append(2**20)
+
+    with pytest.raises(VideoReadError, match="cannot be fetched: .*refused"):
+        read_video(answering(write))
+    assert len(sent) < 32
+
+
+def test_parts_of_another_file(server, mp4, monkeypatch):
+    url = server(data=mp4.read_bytes() + bytes(2**20))
+    file = HttpFile(url, "clip", Limits())
+    file.read(10)
+    monkeypatch.setattr(file, "length", file.length + 1)  # as if it were another now
+    file.seek(2**19)
+    with pytest.raises(
+        VideoReadError, match="asked for bytes 524288 and on of .*, the server gave those from 524288 on"
+    ):
+        file.read(10)
+
+
 def test_a_url_that_is_none_keeps_its_secret():
     with pytest.raises(VideoReadError) as caught:
         read_video("http://127.0.0.1:9/a clip.mp4?signature=secret")
@@ -231,7 +296,8 @@ def test_no_server_there():
 
 def test_data_urls(mp4):
     content = base64.b64encode(mp4.read_bytes()).decode()
-    assert torch.equal(read_video(f"data:video/mp4;base64,{content}").frames, read_video(mp4).frames)
+    for scheme in ("data", "DATA"):
+        assert torch.equal(read_video(f"{scheme}:video/mp4;base64,{content}").frames, read_video(mp4).frames)
     for url, limits, said in (
         (f"data:video/mp4;base64,{content}", Limits(download_bytes=100), "holds more than limits.download_bytes=100"),
         ("data:video/mp4;base64,%%%", None, "is not base64"),

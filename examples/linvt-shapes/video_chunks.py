@@ -197,8 +197,9 @@ class _Threads:
     def end(self) -> None:
         for _ in self._all:
             self._work.put(None)
-        for thread in self._all:
-            if thread is not threading.current_thread():  # Python collects garbage wherever it is
+        # Python collects garbage wherever it is, and in one of these the others may wait for what it holds.
+        if threading.current_thread() not in self._all:
+            for thread in self._all:
                 thread.join()
 
 

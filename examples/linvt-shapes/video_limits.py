@@ -39,7 +39,8 @@ class Deadline:
 
     def check(self) -> None:
         """Raises `VideoReadError` once it has passed."""
-        if self.end is not None and time.monotonic() > self.end:
+        end = self.end  # once: another thread may pause it in between
+        if end is not None and time.monotonic() > end:
             raise VideoReadError(f"{self.name} took longer to read than limits.seconds={self.seconds}; raise it.")
 
     @contextlib.contextmanager

@@ -117,6 +117,7 @@ def _at_rate(times: np.ndarray, end: float, fps: float) -> list[int]:
     Frame i is nearest to the moments between the midpoints to its neighbours; the last one is shown to the end. It is
     kept if a multiple of 1/fps lies there, so the work does not grow with fps.
     """
+    fps = min(fps, 1e9)  # at which every frame is taken
     ticks = np.floor((times[:-1] + times[1:]) / 2 * fps)  # the last multiple of 1/fps before each midpoint
     reached = np.maximum.accumulate(np.concatenate([[-1.0], ticks]))
     kept = np.flatnonzero(ticks > reached[:-1]).tolist()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 _LARGEST = 2**28  # bytes of a table of contents that are read: of weeks of video
+_ALIKE = 2**22  # samples that all have one size, of which no table says how many there really are
 
 
 class _Unusable(Exception):
@@ -126,8 +127,8 @@ def _samples(track: dict[bytes, memoryview], movie_header: memoryview) -> tuple[
     header = media[b"mdhd"]
     unit = int.from_bytes(header[20:24] if header[0] else header[12:16], "big")
     counts, steps = _pairs(tables[b"stts"], ">u4")
-    if counts.sum() > _LARGEST:
-        raise _Unusable("more samples than a table can hold")
+    if counts.sum() != _count(tables):
+        raise _Unusable("tables that do not fit each other")
     durations = np.repeat(steps, counts)
     times = np.cumsum(durations) - durations  # when decoded
     if b"ctts" in tables:
@@ -144,6 +145,20 @@ def _samples(track: dict[bytes, memoryview], movie_header: memoryview) -> tuple[
     last = int(durations[times.argmax()])
     shift = _shift(track, movie_header, unit, int(times.min()), int(times.max()))
     return times + shift, keys, last
+
+
+def _count(tables: dict[bytes, memoryview]) -> int:
+    """How many samples there are: as many as the table of their sizes lists."""
+    if b"stsz" in tables:
+        table = tables[b"stsz"]
+        size, count = struct.unpack(">II", table[4:12])
+        bits = 0 if size else 32
+    else:
+        table = tables[b"stz2"]
+        bits, (count,) = table[7], struct.unpack(">I", table[8:12])
+    if count > (8 * (len(table) - 12) // bits if bits else _ALIKE):
+        raise _Unusable("more samples than are listed")
+    return count
 
 
 def _pairs(table: memoryview, second: str) -> tuple[np.ndarray, np.ndarray]:

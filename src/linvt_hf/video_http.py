@@ -1,5 +1,6 @@
 """A server's file, read as if it were a file here."""
 
+import contextlib
 import functools
 import http.client
 import io
@@ -8,9 +9,11 @@ import re
 import socket
 import ssl
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -35,7 +38,8 @@ class HttpFile(io.RawIOBase):
         self.waited = 0.0
         self.blocks: dict[int, bytes] = {}  # by where they begin, the oldest first
         self.whole: Any = None
-        self._opener, self._next, self._size = _opener(limits.private_addresses), 0, BLOCK
+        self._line = _Line()
+        self._opener, self._next, self._size = _opener(limits.private_addresses, self._line), 0, BLOCK
         with self._request(0, BLOCK) as answer:
             total = re.fullmatch(r"bytes 0-\d+/(\d+)", answer.headers.get("Content-Range", ""))
             if answer.status == 206 and total:
@@ -56,10 +60,10 @@ class HttpFile(io.RawIOBase):
             raise VideoReadError(f"{name} is empty (0 bytes).")
 
     def _request(self, start: int, count: int) -> http.client.HTTPResponse:
-        began = time.monotonic()
         try:
             request = urllib.request.Request(self.url, headers={"Range": f"bytes={start}-{start + count - 1}"})
-            return self._opener.open(request, timeout=self.limits.answer_seconds)
+            with self._waiting():
+                return self._opener.open(request, timeout=self.limits.answer_seconds)
         except urllib.error.HTTPError as error:
             raise VideoReadError(
                 f"{self.name} cannot be fetched: the server says {error.code} {error.reason}."
@@ -70,19 +74,15 @@ class HttpFile(io.RawIOBase):
             raise VideoReadError(f"{self.name} cannot be fetched: it is no valid URL.") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise VideoReadError(f"{self.name} cannot be fetched: {getattr(error, 'reason', error)}.") from error
-        finally:
-            self._wait(began)
 
     def _take(self, answer: http.client.HTTPResponse, count: int) -> bytes:
         pieces, missing = [], count
         while missing:
-            began = time.monotonic()
             try:
-                # What has come, so that a server that sends a byte now and then is not waited for without end.
-                piece = answer.read1(min(missing, BLOCK))
+                with self._waiting():
+                    piece = answer.read1(min(missing, BLOCK))
             except (OSError, http.client.HTTPException) as error:
                 raise VideoReadError(f"{self.name} cannot be fetched: the connection broke ({error}).") from error
-            self._wait(began)
             if not piece:
                 break
             pieces.append(piece)
@@ -93,12 +93,25 @@ class HttpFile(io.RawIOBase):
                 raise VideoReadError(f"{self.name} took more than limits.download_bytes={most} to fetch; raise it.")
         return b"".join(pieces)
 
-    def _wait(self, began: float) -> None:
-        self.waited += time.monotonic() - began
-        if self.limits.seconds is not None and self.waited > self.limits.seconds:
-            raise VideoReadError(
-                f"{self.name} took longer to fetch than limits.seconds={self.limits.seconds}; raise it."
-            )
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """
+        Counts the time that goes by. A server may send a byte now and then, or one empty answer after another, so the
+        connection is shut when there is no time left. Raises `VideoReadError` then.
+        """
+        began, most = time.monotonic(), self.limits.seconds
+        over = None if most is None else threading.Timer(max(most - self.waited, 0), self._line.shut)
+        if over is not None:
+            over.daemon = True
+            over.start()
+        try:
+            yield
+        finally:
+            if over is not None:
+                over.cancel()
+            self.waited += time.monotonic() - began
+            if most is not None and self.waited >= most:
+                raise VideoReadError(f"{self.name} took longer to fetch than limits.seconds={most}; raise it.")
 
     def _keep(self, start: int, data: bytes) -> None:
         self.blocks[start] = data
@@ -116,6 +129,12 @@ class HttpFile(io.RawIOBase):
             if answer.status != 206:
                 raise VideoReadError(
                     f"{self.name} cannot be fetched: the server gave parts of it, and now gives none."
+                )
+            part = re.match(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+            if part and (int(part[1]), int(part[2])) != (self.at, self.length):
+                raise VideoReadError(
+                    f"{self.name} cannot be fetched: asked for bytes {self.at} and on of {self.length}, the server "
+                    f"gave those from {part[1]} on of {part[2]}."
                 )
             data = self._take(answer, self._size)
         if not data:
@@ -154,7 +173,28 @@ class HttpFile(io.RawIOBase):
     def close(self) -> None:
         if self.whole is not None:
             self.whole.close()
+        self._line.close()
         super().close()
+
+
+class _Line:
+    """The connection that is open, of the last server that was asked; to shut it from another thread."""
+
+    def __init__(self):
+        self._socket: socket.socket | None = None
+
+    def keep(self, connected: socket.socket) -> None:
+        self.close()
+        # A second one of the same connection: urllib and TLS close and replace the first.
+        self._socket = socket.fromfd(connected.fileno(), connected.family, connected.type)
+
+    def shut(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # it is over, or has not begun
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
 
 
 # ---- whom a request may reach ----
@@ -162,6 +202,12 @@ class HttpFile(io.RawIOBase):
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Only to where a caller could have pointed: a server must not make us open a local file."""
+
+    def http_error_302(self, req, fp, code, msg, headers):
+        fp.close()  # urllib would read all of it
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if urlsplit(newurl).scheme.lower() not in ("http", "https"):
@@ -192,41 +238,70 @@ def _connect(host: str, port: int, timeout: float | None) -> socket.socket:
     raise failed
 
 
-class _PublicConnection(http.client.HTTPConnection):
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, *args, line: _Line, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.line = line
+
+    def connect(self) -> None:
+        super().connect()
+        self.line.keep(self.sock)
+
+
+class _SecureConnection(http.client.HTTPSConnection):
+    def __init__(self, *args, line: _Line, context: ssl.SSLContext, **kwargs):
+        super().__init__(*args, context=context, **kwargs)
+        self.line, self.secured_by = line, context
+
+    def connect(self) -> None:
+        super().connect()
+        self.line.keep(self.sock)
+
+
+class _PublicConnection(_Connection):
     def connect(self) -> None:
         self.sock = _connect(self.host, self.port, self.timeout)
+        self.line.keep(self.sock)
 
 
-class _PublicSecureConnection(http.client.HTTPSConnection):
-    def __init__(self, *args, context: ssl.SSLContext, **kwargs):
-        super().__init__(*args, context=context, **kwargs)
-        self._secured_by = context
-
+class _PublicSecureConnection(_SecureConnection):
     def connect(self) -> None:
         plain = _connect(self.host, self.port, self.timeout)
-        self.sock = self._secured_by.wrap_socket(plain, server_hostname=self.host)
+        self.line.keep(plain)
+        self.sock = self.secured_by.wrap_socket(plain, server_hostname=self.host)
 
 
-class _PublicHttp(urllib.request.HTTPHandler):
+class _Http(urllib.request.HTTPHandler):
+    def __init__(self, connection: Callable[..., http.client.HTTPConnection]):
+        super().__init__()
+        self._connection = connection
+
     def http_open(self, req):
-        return self.do_open(_PublicConnection, req)
+        return self.do_open(self._connection, req)
 
 
-class _PublicHttps(urllib.request.HTTPSHandler):
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self, connection: Callable[..., http.client.HTTPConnection]):
+        super().__init__()
+        self._connection = functools.partial(connection, context=ssl.create_default_context())
+
     def https_open(self, req):
-        return self.do_open(functools.partial(_PublicSecureConnection, context=ssl.create_default_context()), req)
+        return self.do_open(self._connection, req)
 
 
-def _opener(private_addresses: bool) -> urllib.request.OpenerDirector:
+def _opener(private_addresses: bool, line: _Line) -> urllib.request.OpenerDirector:
     opener = urllib.request.OpenerDirector()  # without urllib's handlers of files, ftp and data
-    anywhere = (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
+    kinds = (_Connection, _SecureConnection) if private_addresses else (_PublicConnection, _PublicSecureConnection)
+    plain, secure = (functools.partial(kind, line=line) for kind in kinds)
     for handler in (
-        *(anywhere if private_addresses else (_PublicHttp, _PublicHttps)),
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor,
-        _Redirects,
+        *([urllib.request.ProxyHandler()] if private_addresses else []),
+        _Http(plain),
+        _Https(secure),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        _Redirects(),
     ):
-        opener.add_handler(handler())
+        opener.add_handler(handler)
     return opener
 
 

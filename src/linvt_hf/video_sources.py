@@ -61,7 +61,7 @@ def located(source: Any, limits: Limits) -> Iterator[tuple[Any, str]]:
 
 def _locate_path(source: str | Path, limits: Limits) -> tuple[Any, str]:
     path = str(source)
-    scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*)://|(data):", path) if isinstance(source, str) else None
+    scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*)://|((?i:data)):", path) if isinstance(source, str) else None
     kind = (scheme[1] or scheme[2]).lower() if scheme else None
     if kind in ("http", "https"):
         name = repr(path.split("?")[0])  # a signed URL's query is not for logs
@@ -94,7 +94,7 @@ def has_times(source: Any) -> bool:
     """Whether a source, as `read_video` takes it, is a file or a `Clip`, which know their frames' times."""
     if isinstance(source, str | Path):
         path = str(source)
-        return "://" in path or path.startswith("data:") or not (os.path.isdir(path) or glob.has_magic(path))
+        return "://" in path or path[:5].lower() == "data:" or not (os.path.isdir(path) or glob.has_magic(path))
     return isinstance(source, bytes | bytearray | memoryview) or hasattr(source, "read") or hasattr(source, "times")
 
 
