@@ -84,7 +84,9 @@ def test_many_at_once_and_none_mixed_up(engine, expected, tmp_path):
 def test_a_video_is_encoded_once_while_it_is_remembered(pipeline, expected, monkeypatch):
     encoded = []
     encode = type(pipeline.model).encode_video
-    monkeypatch.setattr(type(pipeline.model), "encode_video", lambda self, v: encoded.append(v) or encode(self, v))
+    monkeypatch.setattr(
+        type(pipeline.model), "encode_video", lambda self, v, *args: encoded.append(v) or encode(self, v, *args)
+    )
     engine = Engine(pipeline)
     for words in ASKED:
         assert said(engine.stream(question(words, key="one"))) == expected[words]
@@ -157,6 +159,24 @@ def test_who_goes_away_is_not_answered(engine):
     assert not events
 
 
+def test_who_goes_away_between_two_videos_keeps_nobody_waiting(pipeline, monkeypatch):
+    engine, events, encoded = Engine(pipeline), [], []
+    encode = pipeline.model.encode_video
+
+    def slowly(*arguments):
+        encoded.append(1)
+        asked.cancel()
+        return encode(*arguments)
+
+    monkeypatch.setattr(pipeline.model, "encode_video", slowly)
+    begun = threading.Event()
+    engine.run(lambda pipeline: begun.wait())
+    asked = engine.ask(Question([turn for _ in range(5) for turn in chat("Who?")]), events.append)
+    begun.set()
+    engine.close()
+    assert len(encoded) == 1 and not events
+
+
 def test_closing_answers_what_waits_and_gives_up_in_the_end(pipeline, expected, monkeypatch):
     engine, events = Engine(pipeline), []
     engine.ask(question(), events.append)
@@ -195,6 +215,8 @@ def test_a_batch_that_does_not_fit_is_answered_by_halves(engine, expected, monke
 def test_a_prompt_that_is_too_long_is_said_to_be(engine):
     with pytest.raises(ValueError, match="the model reads .* in all"):
         list(engine.stream(question(max_new_tokens=10**6)))
+    with pytest.raises(ValueError, match="has 1,000,000 characters, and the model reads .* tokens. Ask for less"):
+        list(engine.stream(question("a" * 10**6)))
     with pytest.raises(ValueError, match="A question has no words"):
         list(engine.stream(question(" ")))
 

@@ -87,6 +87,16 @@ def client(server):
     return client_of(server[0])
 
 
+def large() -> dict:
+    """An image of a few thousand bytes and 25 million pixels."""
+    file = io.BytesIO()
+    Image.new("1", (5000, 5000)).save(file, "PNG")
+    return {"type": "image_url", "image_url": {"url": data_url(file.getvalue(), "image/png")}}
+
+
+LARGE = large()
+
+
 def client_of(port, key="any"):
     return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=60)
 
@@ -166,6 +176,8 @@ def test_settings_are_followed(client, answer):
         ({"extra_body": {"num_frames": 10_000}}, 400, "num_frames is 10000, and 256 is the most here."),
         ({"max_tokens": 5000}, 400, "max_tokens is 5000, and 1024 is the most here."),
         ({"extra_body": {"model": "other"}}, 404, "There is no model 'other' here, only 'shapes'."),
+        ({"stop": ["a"] * 5}, 400, "stop holds 5 texts of up to 1 characters; 4 of 1000 are the most."),
+        ({"stop": "a" * 10**6}, 400, "stop holds 1 texts of up to 1000000 characters; 4 of 1000 are the most."),
         ({"extra_body": {"messages": []}}, 400, "messages: List should have at least 1 item"),
     ],
 )
@@ -194,6 +206,10 @@ def test_what_is_refused(client, settings, status, said):
         (chat(data_url(VIDEO.read_bytes()), "<|linvt_video|>?"), "placeholders"),
         (chat(data_url(VIDEO.read_bytes())) * 17, "The request has 17 videos and images, and 16 are the most."),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(b"x")}}]}], "an image"),
+        (
+            [{"role": "user", "content": [LARGE] * 3}],
+            "The request's images have 75,000,000 pixels up to one of 5000 x 5000",
+        ),
         (
             [{"role": "user", "content": [{"type": "input_text", "text": "Who?"}]}],
             "messages.0.content.0: Input tag 'input_",

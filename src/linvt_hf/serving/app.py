@@ -7,11 +7,11 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from fastapi import Depends, FastAPI, Request
@@ -20,8 +20,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ..video_limits import Limits
 from .engine import Engine
 from .media import Media, MediaRules
-from .protocol import ApiError, ChatRequest, Reply, read_request, usage_of
+from .protocol import ApiError, ChatRequest, Reply, TextPart, read_request, usage_of
 from .questions import Asked, Busy, End, Failure, Piece, Question
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,13 @@ class _Exchange:
         self._server.check_model(chat.model)
         self._check_limits(chat)
         rules = MediaRules(self._settings.limits, self._settings.allow_files)
-        self._media = Media(rules, self._folder)
+        self._media = Media(rules, self._folder, self._end)
         loop = asyncio.get_running_loop()
-        messages = await loop.run_in_executor(self._server.fetching, self._media.chat, chat.messages)
+        if all(isinstance(part, TextPart | str) for message in chat.messages for part in message.content):
+            messages = self._media.chat(chat.messages)  # nothing to fetch, so nobody to wait behind
+        else:
+            fetching = loop.run_in_executor(self._server.fetching, self._media.chat, chat.messages)
+            messages = await self._wait(request, fetching)
         try:
             self._asked = self._server.engine.ask(
                 self._question(chat, messages), lambda event: loop.call_soon_threadsafe(self._events.put_nowait, event)
@@ -186,7 +192,7 @@ class _Exchange:
             raise ApiError(429, str(error)) from error
         except RuntimeError as error:
             raise ApiError(503, "The server is stopping.") from error
-        first = await self._event(request)
+        first = await self._wait(request, self._events.get())
         if isinstance(first, Failure):
             raise self._api_error(first.error)
         reply = Reply(self._settings.name)
@@ -196,7 +202,7 @@ class _Exchange:
         text, event = "", first
         while isinstance(event, Piece):
             text += event.text
-            event = await self._event(request)
+            event = await self._wait(request, self._events.get())
         self.close()
         if isinstance(event, Failure):
             raise self._api_error(event.error)
@@ -234,9 +240,9 @@ class _Exchange:
             limits=self._settings.limits,
         )
 
-    async def _event(self, request: Request) -> Piece | End | Failure:
-        """The next. Raises `ApiError`, which nobody reads, where the client is gone."""
-        waiting = asyncio.ensure_future(self._events.get())
+    async def _wait(self, request: Request, what: Awaitable[T]) -> T:
+        """What it gives. Raises `ApiError` where time is over, or, for nobody to read, the client is gone."""
+        waiting = asyncio.ensure_future(what)
         try:
             while not waiting.done():
                 await asyncio.wait({waiting}, timeout=0.5)

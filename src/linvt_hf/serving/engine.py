@@ -21,6 +21,9 @@ from .rows import Row, Rows
 
 logger = logging.getLogger(__name__)
 _STOPPED = "The engine was stopped before the whole answer came."
+_CHARACTERS = (
+    20  # of a token, at most on average (ours): of longer prompts it need not be counted that they are too long
+)
 _FAULTS = (ValueError, OSError, torch.OutOfMemoryError)  # of a question; anything else is our mistake
 
 # A video of a question, and what it is remembered by.
@@ -167,7 +170,7 @@ class Engine:
         ready = []
         for asked, opening in [(asked, self._opening.submit(self._opened, asked.question)) for asked in batch]:
             try:
-                sample = self._sample(asked, self._encode(opening.result()))
+                sample = self._sample(asked, self._encode(opening.result(), asked))
                 ready.append((asked, sample))
             except Exception as error:
                 _fail(asked, error)
@@ -192,15 +195,22 @@ class Engine:
             raise
         return opened
 
-    def _encode(self, opened: list[_Opened]) -> list[EncodedVideo]:
+    def _encode(self, opened: list[_Opened], asked: Asked | None = None) -> list[EncodedVideo]:
+        """While whoever asked still waits; else raises `TimeoutError`, for nobody to hear."""
         encoded = []
+
+        def go_on(done: int = 0, total: int = 0) -> None:
+            if asked is not None and not asked.check():
+                raise TimeoutError("Nobody waits for it any more.")
+
         try:
             for name, video in opened:
                 if name in self._cache:  # perhaps another question of the batch has encoded it meanwhile
                     self._cache.move_to_end(name)
                     encoded.append(self._cache[name])
                 else:
-                    encoded.append(self.pipeline.model.encode_video(video))
+                    go_on()
+                    encoded.append(self.pipeline.model.encode_video(video, go_on))
                     self._remember(name, encoded[-1])
         finally:
             _close(opened)
@@ -208,10 +218,16 @@ class Engine:
 
     def _sample(self, asked: Asked, videos: list[EncodedVideo]) -> dict[str, Any]:
         """A question as the model takes it."""
+        text = self.pipeline.model.config.get_text_config()
+        context = getattr(text, "max_position_embeddings", None)
+        words = sum(len(block["text"]) for message in asked.question.messages for block in blocks_of(message, "text"))
+        if context is not None and words > _CHARACTERS * context:  # to count its tokens would take all others' time
+            raise ValueError(
+                f"The prompt has {words:,} characters, and the model reads {context} tokens. Ask for less."
+            )
         sample = self.pipeline._features(with_videos(asked.question.messages, iter(videos)))
         asked.prompt_tokens = sample["input_ids"].shape[1]
-        most, text = asked.question.max_new_tokens, self.pipeline.model.config.get_text_config()
-        context = getattr(text, "max_position_embeddings", None)
+        most = asked.question.max_new_tokens
         if context is not None and asked.prompt_tokens + most > context:
             raise ValueError(
                 f"The prompt takes {asked.prompt_tokens} tokens and the answer may take {most}; the model reads "

@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import math
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from .protocol import ApiError, ImagePart, Message, TextPart, VideoPart
 
 _BLOCK = 2**20
 _IMAGE_BYTES = 2**25  # ours
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,12 @@ class Media:
 
     Args:
         folder: where videos lie until the request is answered; what it holds belongs to this request.
+        end: when all must have been fetched, by `time.monotonic`.
     """
 
-    def __init__(self, rules: MediaRules, folder: Path):
-        self._rules, self._folder = rules, folder
+    def __init__(self, rules: MediaRules, folder: Path, end: float = math.inf):
+        self._rules, self._folder, self._end = rules, folder, end
+        self._pixels = 0  # of its images
         self._shown: dict[str, str] = {}  # files by what a request calls them
 
     def chat(self, messages: list[Message]) -> list[dict]:
@@ -60,7 +65,9 @@ class Media:
         """What went wrong, in one line that does not say where files lie here."""
         text = in_one_line(error)
         for file, shown in self._shown.items():
-            text = text.replace(repr(file), shown)
+            text = text.replace(repr(file), shown).replace(file, shown)
+        for folder in (self._folder, self._rules.files):
+            text = text if folder is None else text.replace(f"{folder.resolve()}/", "")
         return text
 
     def _turn(self, message: Message) -> dict:
@@ -84,7 +91,7 @@ class Media:
             self._shown[str(path)] = repr(url)
             return str(path), f"{path} {about.st_mtime_ns} {about.st_size}"
         file, content = self._folder / str(len(self._shown)), hashlib.sha256()
-        self._shown[str(file)] = "the data: URL" if url.startswith("data:") else repr(url.split("?")[0])
+        self._shown[str(file)] = "the data: URL" if url[:5].lower() == "data:" else repr(url.split("?")[0])
         with file.open("wb") as out:
             for piece in self._pieces(url, self._rules.limits):
                 content.update(piece)
@@ -96,16 +103,23 @@ class Media:
         most = min(limits.download_bytes or _IMAGE_BYTES, _IMAGE_BYTES)
         data = path.read_bytes() if path else b"".join(self._pieces(url, replace(limits, download_bytes=most)))
         try:
-            image = Image.open(io.BytesIO(data))
-            if limits.frame_pixels is not None and image.width * image.height > limits.frame_pixels:
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            self._pixels += image.width * image.height
+            if limits.frame_pixels is not None and self._pixels > limits.frame_pixels:
                 raise ApiError(
-                    400, f"An image has {image.width} x {image.height} pixels; {limits.frame_pixels} are the most."
+                    400,
+                    f"The request's images have {self._pixels:,} pixels up to one of {image.width} x {image.height}; "
+                    f"{limits.frame_pixels:,} are the most.",
                 )
             return image.convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except ApiError:
+            raise
+        except Exception as error:  # each format fails in ways of its own
             raise ApiError(400, "An image_url holds nothing that can be read as an image.") from error
 
     def _pieces(self, url: str, limits: Limits) -> Iterator[bytes]:
+        left = max(self._end - time.monotonic(), 0.0)
+        limits = replace(limits, seconds=left if limits.seconds is None else min(limits.seconds, left))
         with located(url, limits) as (file, _):
             source = io.BytesIO(file) if isinstance(file, bytes) else file
             while piece := source.read(_BLOCK):

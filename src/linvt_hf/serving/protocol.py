@@ -28,6 +28,7 @@ _MISSING = {
     "verbosity": None,
     "web_search_options": None,
 }
+_STOPS, _STOP_LENGTH = 4, 1000  # as many as with OpenAI; the length is ours
 
 
 class ApiError(Exception):
@@ -124,6 +125,14 @@ def read_request(body: bytes) -> ChatRequest:
     except ValidationError as error:
         where, wrong = _what_is_wrong(error)
         raise ApiError(400, f"{where or 'The request'}: {wrong}.", param=where) from error
+    if len(request.stops) > _STOPS or any(len(text) > _STOP_LENGTH for text in request.stops):
+        longest = max(map(len, request.stops))
+        raise ApiError(
+            400,
+            f"stop holds {len(request.stops)} texts of up to {longest} characters; {_STOPS} of {_STOP_LENGTH} are the "
+            "most.",
+            param="stop",
+        )
     for name, value in (request.model_extra or {}).items():
         if name in _MISSING:
             if value not in (None, _MISSING[name], [], {}):

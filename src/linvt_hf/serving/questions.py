@@ -11,6 +11,9 @@ from ..video_limits import Limits
 logger = logging.getLogger(__name__)
 
 
+_COLD = 1e-3  # ours: below it, logits that are divided by it are no longer numbers
+
+
 class Busy(RuntimeError):
     """So many wait already that one more would wait too long."""
 
@@ -54,7 +57,8 @@ class Question:
     messages: as the pipeline takes them. A block of type "video" may have a `key`: what has the same key, `num_frames`
         and `fps` is the same video, and is encoded once as long as the engine remembers it.
     num_frames, fps: how its videos are sampled.
-    temperature: 0 for the likeliest token at each step; top_p: of the likeliest tokens that make up so much.
+    temperature: 0, or next to it, for the likeliest token at each step; top_p: of the likeliest tokens that make up so
+        much.
     seed: the same seed gives the same sample; such a question is answered by itself.
     stop: texts before which the answer ends.
     seconds: within which it must be answered, from the time it is asked.
@@ -78,7 +82,7 @@ class Question:
 
     def sampling(self) -> dict[str, Any]:
         """Arguments of `generate`."""
-        if self.temperature == 0:
+        if self.temperature is not None and self.temperature < _COLD:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         given = {"temperature": self.temperature, "top_p": self.top_p}
         given = {name: value for name, value in given.items() if value is not None}

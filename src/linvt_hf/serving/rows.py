@@ -47,7 +47,9 @@ class GrowingText:
         if found or last:
             text, self._held = text[: min(found, default=len(text))].rstrip(), ""
         else:
-            beginnings = (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+            beginnings = (
+                n for stop in self._stop for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])
+            )
             sure = len(text[: len(text) - max(beginnings, default=0)].rstrip())
             text, self._held = text[:sure], text[sure:]
         if not self._begun:
