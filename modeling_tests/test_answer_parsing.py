@@ -38,6 +38,11 @@ OPTIONS = ["a red ball", "the dark red ball", "Nothing.", "He opens the door", "
         ("The answer is not A, it is B", None),
         ("The answer is a red ball", "A"),  # an article, and the option's text
         ("The answer is a blue one", "E"),
+        ("The answer is A or B", None),
+        ("The answer is either A or B", None),
+        ("Answer: A and C", None),
+        ("(A) or (B)", None),
+        ("B and C are alike. The answer is B.", "B"),
         # in brackets
         ("It must be (D)", "D"),
         ("Either (A) or (B)", None),
@@ -54,6 +59,11 @@ OPTIONS = ["a red ball", "the dark red ball", "Nothing.", "He opens the door", "
         ("A man walks in", None),
         ("I see E", "E"),
         ("B or C", None),
+        ("A or B", None),
+        ("A and B are both correct", None),
+        ("A is right", "A"),
+        ("Neither A nor C", None),
+        ("It is not B.", None),
         ("I don't know", None),
         # nothing
         ("", None),
@@ -105,6 +115,8 @@ def test_letters_of_a_prompt(prompt, letters):
         ("Three times, yes three", 3),
         ("twice", 2),
         ("none", 0),
+        ("about 1,234 of them", 1234),
+        ("10²", None),
         ("3 or 4", None),
         ("many", None),
         ("", None),

@@ -108,7 +108,8 @@ class FakeJudge:
 
 
 def test_verdicts_are_kept_and_those_without_are_left_out(tmp_path):
-    answers = [answered(n, 0.0, answer=f"answer {n}") for n in range(3)]
+    open_one = {"exact_match": 0.0, "contains": 0.0}
+    answers = [answered(n, 0.0, answer=f"answer {n}", scores=open_one) for n in range(3)]
     judge = FakeJudge(Verdict(True, 4), Verdict(error="The judge does not answer"), Verdict(False, 1))
     found, about = judge_answers(judge, answers, tmp_path / "judge.jsonl")
     assert judge.asked[0] == ("q0", "dog", "answer 0")
@@ -131,6 +132,30 @@ def test_verdicts_are_kept_and_those_without_are_left_out(tmp_path):
     other.model = "another"
     judge_answers(other, answers, tmp_path / "judge.jsonl")
     assert len(other.asked) == 3
+    silent = FakeJudge(*[Verdict(error="The judge does not answer")] * 3)
+    silent.model = "silent"
+    assert not judge_answers(silent, found, tmp_path / "judge.jsonl")[0][0].scores.keys() & {"judge_accuracy"}
+
+
+def test_a_verdict_is_of_one_question_of_one_task(tmp_path):
+    """The tasks of a group share a file, and some of them have rules that need no judge."""
+    open_one = {"contains": 0.0}
+    answers = [
+        answered(0, 0.0, task="one", scores=open_one),
+        answered(0, 0.0, task="two", target="cat", scores=open_one),
+    ]
+    answers.append(answered(1, 1.0, task="letters"))
+    for _ in range(2):
+        judge = FakeJudge(Verdict(True, 5), Verdict(False, 0))
+        found, _ = judge_answers(judge, answers, tmp_path / "judge.jsonl")
+        assert [answer.scores.get("judge_accuracy") for answer in found] == [1.0, 0.0, None]
+    assert judge.asked == []
+
+
+def test_an_answer_may_hold_any_end_of_a_line(tmp_path):
+    answers = [answered(0, 1.0, answer="a\u2028dog\x85\u2029")]
+    write_answers(answers, tmp_path / "answers.jsonl")
+    assert read_answers(tmp_path) == answers
 
 
 def test_the_hub_reads_its_results(tmp_path):

@@ -46,6 +46,16 @@ def test_parts_count_alike():
     assert interval.high - interval.low == pytest.approx((alone.high - alone.low) / 2, abs=0.07)
 
 
+def test_parts_about_the_same_videos_say_no_more_than_one():
+    scores, videos = np.random.default_rng(3).random(400) < 0.5, [f"video {n // 4}" for n in range(400)]
+    one, four = bootstrap(scores, videos), bootstrap_macro([(scores, videos)] * 4)
+    assert (four.mean, four.low, four.high) == pytest.approx((one.mean, one.low, one.high), abs=1e-12)
+    apart = bootstrap_macro([(scores, [f"{part} {video}" for video in videos]) for part in range(4)])
+    assert apart.high - apart.low == pytest.approx((one.high - one.low) / 2, rel=0.1)
+    few = bootstrap_macro([([1.0], ["a"]), ([0.0, 1.0, 1.0], ["a", "b", "c"])])  # of which a resample may have no "a"
+    assert 0.5 <= few.low <= few.mean <= few.high <= 1.0
+
+
 def test_runs_that_differ_and_runs_that_do_not():
     generator = np.random.default_rng(2)
     first = generator.random(300) < 0.5

@@ -96,7 +96,7 @@ class Page:
 def check(video: str) -> str:
     """What tells the video from others. Raises `gr.Error` for one that is too large, too long or broken."""
     try:
-        megabytes, info = Path(video).stat().st_size / 2**20, video_info(video)
+        megabytes, info = Path(video).stat().st_size / 2**20, video_info(video, limits=LIMITS)
     except (ValueError, OSError) as error:
         raise refusal(str(error).replace(repr(video), "The video")) from error
     if megabytes > MAX_MEGABYTES:

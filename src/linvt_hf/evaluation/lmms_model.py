@@ -285,7 +285,7 @@ def read_record(record: str | Path) -> list[dict]:
     lines: dict[tuple, dict] = {}
     record = Path(record)
     for file in [record, *sorted(record.parent.glob(f"{record.name}.*"))]:
-        for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        for text in file.read_text(encoding="utf-8").split("\n") if file.exists() else ():
             try:
                 line = json.loads(text)
             except json.JSONDecodeError:

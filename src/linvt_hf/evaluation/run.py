@@ -23,7 +23,19 @@ from ..asking.settings_file import keep_settings
 from . import MISSING
 from .judge import Judge, Verdict, judged
 from .report import table, write_eval_results
-from .scores import ANSWERS, Answered, Score, read_answers, read_run, results_file, score_tasks, write_answers
+from .scores import (
+    ANSWERS,
+    Answered,
+    Score,
+    read_answers,
+    read_lines,
+    read_run,
+    results_file,
+    score_tasks,
+    write_answers,
+)
+
+_JUDGED = ("judge", "task", "doc_id", "question", "target", "answer")  # what a verdict is of
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -179,33 +191,42 @@ def judge_answers(judge: Judge, answers: list[Answered], file: Path) -> tuple[li
     `judged` says of all. Verdicts are kept in a file, line by line, and not asked for again.
     """
     known = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        row = json.loads(line)
+    for row in read_lines(file) if file.exists() else ():
         if row["correct"] is not None:
-            known[row["judge"], row["doc_id"], row["answer"]] = Verdict(row["correct"], row["score"])
+            known[tuple(map(row.get, _JUDGED))] = Verdict(row["correct"], row["score"])
+
+    def about(answer: Answered) -> dict:
+        return {"judge": judge.model, **{name: getattr(answer, name) for name in _JUDGED[1:]}}
 
     def key(answer: Answered) -> tuple:
-        return judge.model, answer.doc_id, answer.answer
+        return tuple(about(answer).values())
 
-    asked = [answer for answer in answers if key(answer) not in known]
+    answers = [replace(answer, scores=_unjudged(answer.scores)) for answer in answers]
+    open_ones = [answer for answer in answers if "contains" in answer.scores]  # others have rules that need no judge
+    asked = [answer for answer in open_ones if key(answer) not in known]
     with file.open("a", encoding="utf-8") as lines:
         verdicts = judge.verdicts((answer.question, answer.target, answer.answer) for answer in asked)
         for answer, verdict in zip(asked, verdicts, strict=True):
             known[key(answer)] = verdict
-            row = {"judge": judge.model, "doc_id": answer.doc_id, "answer": answer.answer, **asdict(verdict)}
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-    found = [known[key(answer)] for answer in answers]
+            lines.write(json.dumps({**about(answer), **asdict(verdict)}, ensure_ascii=False) + "\n")
+    found = [known[key(answer)] for answer in open_ones]
+    verdict_of = {id(answer): verdict for answer, verdict in zip(open_ones, found, strict=True)}
     with_verdicts = [
         answer
-        if verdict.correct is None
+        if (verdict := verdict_of.get(id(answer))) is None or verdict.correct is None
         else replace(
             answer,
             scores={**answer.scores, "judge_accuracy": float(verdict.correct), "judge_score": float(verdict.score)},
         )
-        for answer, verdict in zip(answers, found, strict=True)
+        for answer in answers
     ]
     reasons = sorted({verdict.error for verdict in found if verdict.error is not None})
     return with_verdicts, {"judge": judge.model, **judged(found), "reasons": reasons[:5]}
+
+
+def _unjudged(scores: dict[str, float]) -> dict[str, float]:
+    """Without what another judge said."""
+    return {name: score for name, score in scores.items() if not name.startswith("judge_")}
 
 
 def _write(settings: EvalSettings, run: Run, datasets: dict[str, str], judge: Judge | None, output: Path) -> None:

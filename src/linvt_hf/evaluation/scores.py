@@ -82,8 +82,7 @@ def read_run(folder: Path) -> list[Answered]:
     answers = []
     for file in sorted(results.parent.glob(f"{date}_samples_*.jsonl")):
         task = file.name.removeprefix(f"{date}_samples_").removesuffix(".jsonl")
-        samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+        for sample in sorted(read_lines(file), key=lambda sample: sample["doc_id"]):
             answers.append(_answered(task, sample, said.get((task, sample["doc_id"]), {})))
     return answers
 
@@ -159,7 +158,12 @@ def read_answers(folder: Path) -> list[Answered]:
     files = sorted([*folder.glob(ANSWERS), *folder.glob(f"*/{ANSWERS}")])
     if not files:
         raise FileNotFoundError(f"There is no {ANSWERS} in {folder} or its folders; give what linvt eval wrote.")
-    return [Answered(**json.loads(line)) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [Answered(**row) for file in files for row in read_lines(file)]
+
+
+def read_lines(file: Path) -> list[dict]:
+    """Of a JSONL file; answers may hold what else `splitlines` takes for the end of a line."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def score_tasks(answers: Sequence[Answered], results: dict | None = None) -> list[Score]:

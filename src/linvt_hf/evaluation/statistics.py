@@ -47,20 +47,58 @@ def bootstrap(scores: Sequence[float], videos: Sequence[Hashable] | None = None,
 
 
 def bootstrap_macro(parts: Sequence[tuple[Sequence[float], Sequence[Hashable] | None]], seed: int = 0) -> Interval:
-    """The same of the mean over several parts, each of which counts alike however many questions it has."""
+    """
+    The same of the mean over several parts, each of which counts alike however many questions it has. Parts that ask
+    about the same videos are resampled together.
+    """
     generator = np.random.default_rng(seed)
-    resampled = np.mean([_means(*_by_video(*part), generator) for part in parts], axis=0)
+    means = [_means(*_by_video_and_part(group), generator) for group in _sharing(parts)]
+    resampled = np.concatenate(means).mean(axis=0)
     low, high = np.percentile(resampled, [2.5, 97.5])
     return Interval(float(np.mean([np.mean(scores) for scores, _ in parts])), float(low), float(high))
 
 
 def _means(sums: np.ndarray, counts: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Of each resample of videos, [R]."""
-    means = []
-    for rows in _at_once(len(sums)):
-        picked = generator.integers(len(sums), size=(rows, len(sums)))  # with replacement
-        means.append(sums[picked].sum(axis=1) / counts[picked].sum(axis=1))
-    return np.concatenate(means)
+    """Of sums and counts [P, V] of parts and videos: of each resample of the videos, [P, R]."""
+    means, videos = [], sums.shape[1]
+    for rows in _at_once(videos):
+        picked = generator.integers(videos, size=(rows, videos))  # with replacement
+        means.append([])
+        for total, asked in zip(sums, counts, strict=True):
+            often = asked[picked].sum(axis=1)
+            # A part of whose few videos none is in a resample has its mean there.
+            mean = np.divide(total[picked].sum(axis=1), often, where=often > 0, out=np.full(rows, np.nan))
+            means[-1].append(np.where(often > 0, mean, total.sum() / asked.sum()))
+    return np.concatenate(means, axis=1)
+
+
+def _sharing(parts: Sequence[tuple]) -> list[list[tuple]]:
+    """The parts in groups, of which no two ask about the same video."""
+    groups: list[tuple[set, list[tuple]]] = []
+    for part in parts:
+        videos, together = set(part[1] or ()), [part]
+        for other in [group for group in groups if group[0] & videos]:
+            groups.remove(other)
+            videos, together = other[0] | videos, other[1] + together
+        groups.append((videos, together))
+    return [together for _, together in groups]
+
+
+def _by_video_and_part(parts: Sequence[tuple]) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of scores and numbers of questions, [P, V], of parts that share videos."""
+    if len(parts) == 1:
+        sums, counts = _by_video(*parts[0])
+        return sums[None], counts[None]
+    numbers: dict[Hashable, int] = {}
+    for _, videos in parts:
+        for video in videos:
+            numbers.setdefault(video, len(numbers))
+    sums, counts = np.zeros((2, len(parts), len(numbers)))
+    for row, (scores, videos) in enumerate(parts):
+        place = [numbers[video] for video in videos]
+        np.add.at(sums[row], place, scores)
+        np.add.at(counts[row], place, 1)
+    return sums, counts
 
 
 def compare(

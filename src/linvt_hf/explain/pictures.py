@@ -6,6 +6,7 @@ Colours are matplotlib's cividis, which looks alike with and without colour blin
 
 import json
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -146,9 +147,9 @@ class Pictures:
         figure = pyplot.figure(figsize=(10, 4.6), layout="constrained")
         parts = figure.subfigures(2, 1, height_ratios=[1, 1.1])
         tops = parts[0].subplots(1, len(shown), squeeze=False)[0]
-        pictures = overlay(self.frames, self.heat)
-        for axis, frame in zip(tops, shown, strict=True):
-            axis.imshow(pictures[frame])
+        pictures = overlay(self.frames[shown], self.heat[shown])
+        for axis, frame, picture in zip(tops, shown, pictures, strict=True):
+            axis.imshow(picture)
             axis.set_title(f"{self.moment(frame)}: {100 * self.share[frame]:.0f} %", fontsize=10)
             axis.axis("off")
         axis = parts[1].subplots()
@@ -183,11 +184,11 @@ class Pictures:
         figure, axes = pyplot.subplots(
             2, len(shown), figsize=(1.6 * len(shown) + 1.2, 3.9), squeeze=False, layout="constrained"
         )
-        pictures = overlay(self.frames, self.heat)
+        pictures = overlay(self.frames[shown], self.heat[shown])
         for column, frame in enumerate(shown):
             axes[0, column].imshow(self.frames[frame].cpu().numpy())
             axes[0, column].set_title(self.moment(frame), fontsize=10)
-            axes[1, column].imshow(pictures[frame])
+            axes[1, column].imshow(pictures[column])
         for axis in axes.flat:
             axis.axis("off")
         top = 100 * float(self.explanation.heat().max())
@@ -198,18 +199,20 @@ class Pictures:
 
     def write_video(self, path: Path, seconds: float = 0.5, least: int = 240) -> None:
         """An mp4 of the frames under their heat, each for some seconds, with a bar of time and weight below."""
-        pictures = overlay(self.frames, self.heat)
-        height, width = pictures.shape[1:3]
+        height, width = self.frames.shape[1:3]
         larger = max(-(-least // min(height, width)), 1)
-        pictures = pictures.repeat(larger, axis=1).repeat(larger, axis=2)
-        height, width = (side - side % 2 for side in pictures.shape[1:3])  # H.264 wants even ones
+        height, width = (side * larger - side * larger % 2 for side in (height, width))  # H.264 wants even ones
         strip = self._strip(width)
         with av.open(str(path), "w") as container:
-            stream = container.add_stream("libx264", rate=round(1 / seconds), options={"crf": "18"})
+            stream = container.add_stream(
+                "libx264", rate=1 / Fraction(seconds).limit_denominator(1000), options={"crf": "18"}
+            )
             stream.width, stream.height, stream.pix_fmt = width, height + strip.shape[0], "yuv420p"
-            for frame, picture in enumerate(pictures):
+            for frame in range(len(self.frames)):  # one at a time: as numbers they take ten times their bytes
+                one = slice(frame, frame + 1)
+                picture = overlay(self.frames[one], self.heat[one])[0].repeat(larger, axis=0).repeat(larger, axis=1)
                 bar = strip.copy()
-                start, end = (round(place * width / len(pictures)) for place in (frame, frame + 1))
+                start, end = (round(place * width / len(self.frames)) for place in (frame, frame + 1))
                 bar[:4, start:end] = 255  # where it is
                 whole = np.concatenate([picture[:height, :width], bar])
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(whole, format="rgb24")))
@@ -230,9 +233,9 @@ def side_by_side(first: Pictures, second: Pictures, count: int = 4) -> Figure:
     for part, pictures in zip(figure.subfigures(1, 2), (first, second), strict=True):
         top, bottom = part.subfigures(2, 1, height_ratios=[1, 1.1])
         shown = sorted(pictures.explanation.heaviest(min(count, len(pictures.share))))
-        drawn = overlay(pictures.frames, pictures.heat)
-        for axis, frame in zip(top.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-            axis.imshow(drawn[frame])
+        drawn = overlay(pictures.frames[shown], pictures.heat[shown])
+        for axis, frame, picture in zip(top.subplots(1, len(shown), squeeze=False)[0], shown, drawn, strict=True):
+            axis.imshow(picture)
             axis.set_title(f"{pictures.moment(frame)}: {100 * pictures.share[frame]:.0f} %", fontsize=9)
             axis.axis("off")
         pictures._bars(bottom.subplots(), shown)
