@@ -254,6 +254,26 @@ def test_tensors_that_do_not_fit(file, tmp_path):
             load_adapter(tmp_path)
 
 
+@pytest.mark.parametrize("other", ["qwen2_vl", "llava", "internvl_llama"])
+def test_another_base_is_refused(other, tmp_path):
+    model, _ = trained("internvl_qwen2", projector=False)
+    save_adapter(model, tmp_path)
+    with pytest.raises(
+        ValueError, match="were trained on a base of type internvl .*; give the base they were trained on"
+    ):
+        load_adapter(tmp_path, base_folder(other))
+
+
+@pytest.mark.parametrize("held", ["{}", "[]", '{"base'])
+@pytest.mark.parametrize("file", [ADAPTER_FILE, "adapter_config.json"])
+def test_damaged_settings_are_named(file, held, tmp_path):
+    model, _ = trained("internvl_qwen2")
+    save_adapter(model, tmp_path)
+    (tmp_path / file).write_text(held)
+    with pytest.raises(ValueError, match=f"{file} is damaged.*; copy or download the whole folder again"):
+        load_adapter(tmp_path)
+
+
 def test_no_broken_folder(tmp_path):
     model, processor = trained("internvl_qwen2")
     with pytest.raises(ValueError, match=r"merge\(model\), or save it alone"):
@@ -311,6 +331,9 @@ def test_ask_and_merge_commands(tmp_path, capsys):
     assert "is not an empty folder" in capsys.readouterr().err
     assert main(["merge", str(base_folder("mipha")), str(tmp_path / "new")]) == 2
     assert "holds no adapters of LinVT" in capsys.readouterr().err
+    (tmp_path / "adapter" / "processor_config.json").unlink()
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "new")]) == 2
+    assert "holds no processor" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_the_card(tmp_path):

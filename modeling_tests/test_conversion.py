@@ -260,6 +260,20 @@ def test_wrap_takes_what_was_published(published, tmp_path):
     assert direct.generation_config.eos_token_id == through.generation_config.eos_token_id
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (["--fps", "nan"], "fps must be a positive number of frames per second or None, not nan."),
+        (["--fps", "inf"], "fps must be a positive number of frames per second or None, not inf."),
+        (["--video-token", ""], "video_token is empty; name a token that prompts never use"),
+        (["--dtype", "nonsense"], "dtype is 'nonsense'; it must be one of bfloat16, float16, float32, auto."),
+    ],
+)
+def test_wrap_names_what_it_cannot_take(argument, message, tmp_path, capsys):
+    assert main(["wrap", "no/such", str(tmp_path / "out"), *argument]) == 2  # before anything is loaded
+    assert message in capsys.readouterr().err
+
+
 MEMORY = """
 import resource, sys
 from linvt_hf.conversion import convert

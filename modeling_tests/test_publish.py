@@ -38,6 +38,11 @@ def card(text):
     return lambda folder: (folder / "README.md").write_text(text)
 
 
+def pipeline_without_code(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "custom_pipelines": {"x": {}}}))
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -67,6 +72,16 @@ def card(text):
         ),
         broken(((lambda f: (f / "a.txt").write_text("x\nhf_" + "a" * 34)), "line 2, holds a Hugging Face token")),
         broken(((lambda f: (f / "a.md").write_text("sk-" + "b" * 24)), "holds an OpenAI key")),
+        broken(((lambda f: (f / "run.sh").write_text("x=hf_" + "a" * 34)), "run.sh, line 1, holds a Hugging Face")),
+        broken(((lambda f: (f / "vocab.json").write_text(f'"hf_{"a" * 34}"')), "vocab.json, line 1, holds a Hugging")),
+        broken(((lambda f: (f / "config.json").write_text('{"a')), "config.json is no whole JSON file: ")),
+        broken(((lambda f: (f / "config.json").write_text("[]")), "config.json must hold an object with fields")),
+        broken(((lambda f: (f / "a.index.json").write_text("{")), "a.index.json is no whole JSON file: ")),
+        broken(((lambda f: (f / "a.index.json").write_text("{}")), "a.index.json has no weight_map")),
+        broken(((lambda f: (f / "linvt_adapter.json").write_text('{"a')), "linvt_adapter.json is no whole JSON")),
+        broken(((lambda f: (f / "linvt_adapter.json").write_text("[]")), "linvt_adapter.json must hold an object")),
+        broken((pipeline_without_code, "custom_pipelines that names no code: KeyError('impl')")),
+        broken(((lambda f: (f / "token_scorer.py").write_bytes(b"# \xff")), "token_scorer.py is no Python: ")),
     ],
 )
 def test_what_is_not(folder, change, problem, capsys):

@@ -1,6 +1,7 @@
 """Recipes and runs: what they say, what they change, and that a killed run goes on as if nothing had happened."""
 
 import copy
+import dataclasses
 import json
 import signal
 import subprocess
@@ -39,6 +40,7 @@ from linvt_hf.training import trainer as trainer_module
 from linvt_hf.training.adapters import adapters_off, add_lora
 from linvt_hf.training.feature_cache import FeatureCache
 from linvt_hf.training.preparation import load_model, prepare
+from linvt_hf.training.run_folder import begin, copy_adapter
 from linvt_hf.training.settings import PRESETS, SettingsError
 from linvt_hf.training.trainer import last_checkpoint, parameter_groups
 
@@ -160,6 +162,14 @@ def test_a_mistake_is_one_sentence_with_its_line(text, message, tmp_path, capsys
         ("lora.rnk=3", "lora.rnk=3: there is no setting lora.rnk; did you mean lora.rank?"),
         ("epochs=none", "epochs=none: epochs must be a number, not 'none'."),
         ("data=[a", "data=[a: this is not YAML"),
+        ("weight_decay=.nan", "weight_decay=.nan: weight_decay must be a finite number; got nan."),
+        ("epochs=.inf", "epochs=.inf: epochs must be a finite number; got inf."),
+        ("lora={dropout: .nan}", "lora.dropout must be a finite number; got nan."),
+        ("data={path: x, weight: .inf}", "x: weight is inf; it must be above 0 and finite"),
+        (
+            "data={path: x, fps: .nan}",
+            "x: num_frames must be at least 1 and fps above 0 and finite; got None and nan.",
+        ),
         ("accumulation=0", "accumulation=0: accumulation must be at least 1; got 0."),
     ],
 )
@@ -172,6 +182,10 @@ def test_bad_overrides(override, message):
 def test_no_such_recipe():
     with pytest.raises(SettingsError, match="There is no recipe qwen/stage1, .*qwen2_vl/stage1"):
         read_settings("qwen/stage1")
+
+
+def test_targets_as_python_has_them():
+    assert LoraSettings(targets=("q_proj", "v_proj")) == LoraSettings(targets=["q_proj", "v_proj"])
 
 
 def test_paths_as_python_has_them():
@@ -289,6 +303,9 @@ def test_the_base_drops_nothing_out():
     for module in model.base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
+        for rate in ("attention_dropout", "dropout"):  # mipha's SigLIP calls it dropout
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.5)
     prepare(model, TrainingSettings(model="m", output="o", lora=LoraSettings(dropout=0.3)))
     inputs = encode(processor, chat(noise_video(), "What moves?"))
     model.train()
@@ -423,6 +440,18 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path):
         assert torch.equal(tensor, load_file(resumed.best / "linvt.safetensors")[name])
 
 
+def test_other_data_do_not_go_on(tmp_path):
+    rows = data_file().read_text().replace('"path": "', f'"path": "{data_file().parent}/').splitlines()
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(rows))
+    train(recipe("mipha", tmp_path / "out", data=data, max_steps=2))
+    data.write_text("\n".join(reversed(rows)))
+    with pytest.raises(SettingsError, match="holds a run on other data: .*data.jsonl changed since it began"):
+        train(recipe("mipha", tmp_path / "out", data=data, max_steps=2))
+    (tmp_path / "out" / "data.json").unlink()  # one that began before there were digests
+    assert len(losses(train(recipe("mipha", tmp_path / "out", data=data, max_steps=2)))) == 2
+
+
 def test_other_settings_do_not_go_on(tmp_path):
     train(recipe("mipha", tmp_path, max_steps=2))
     with pytest.raises(SettingsError, match=r"other settings: learning_rate \(0.01 there, 0.02 here\)"):
@@ -445,6 +474,35 @@ def test_what_would_be_overwritten_stays(held, tmp_path):
     with pytest.raises(SettingsError, match=f"holds {held}; choose another output"):
         train(recipe("mipha", tmp_path))
     assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("held", ["best", "README.md", "settings.yaml", "skipped.jsonl", "checkpoint-2"])
+def test_what_a_user_keeps_there_stays(held, tmp_path):
+    (tmp_path / held).write_text("mine: 1\n")
+    with pytest.raises(SettingsError, match=f"holds {held}, which no run of this wrote; .*nothing was written"):
+        train(recipe("mipha", tmp_path))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine: 1\n"]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path):
+    settings = recipe("mipha", tmp_path, max_steps=1, feature_cache=tmp_path / "features")
+    begin(settings, tmp_path, {})
+    for name in ("tensorboard", "checkpoint-1", "features"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "skipped.jsonl").write_text("")
+    (tmp_path / "train.log").write_text("of whoever started it")
+    assert len(losses(train(settings))) == 1
+
+
+def test_only_adapters_are_taken_out_of_best(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "linvt_adapter.json").write_text("{}")
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "mine.txt").write_text("mine")
+    copy_adapter(tmp_path / "checkpoint-1", tmp_path / "best")
+    assert {path.name for path in (tmp_path / "best").iterdir()} == {"mine.txt", "linvt_adapter.json"}
+    copy_adapter(tmp_path / "checkpoint-1", tmp_path / "best")  # now it holds adapters
+    assert {path.name for path in (tmp_path / "best").iterdir()} == {"linvt_adapter.json"}
 
 
 # ---- where models come from, and what is reported ----
@@ -527,8 +585,10 @@ def test_a_model_and_samples_in_memory(tmp_path):
     settings = TrainingSettings(output=tmp_path / "run", max_steps=2, batch_size=2, workers=0, log_every=1)
     with pytest.raises(SettingsError, match="without its processor; pass"):
         train(settings, model=model, data=rows)
+    settings = dataclasses.replace(settings, num_frames=2)
     run = train(settings, model=model, processor=processor, data=rows)
     assert run.model is model and len(losses(run)) == 2
+    assert LinVTProcessor.from_pretrained(tmp_path / "run").num_frames == 2
     merge(run.model).save_pretrained(tmp_path / "whole")
     assert "| steps | 2 of 2 |" in (tmp_path / "whole" / "README.md").read_text()
 

@@ -118,6 +118,9 @@ def learned(processor, sample):
         (llava("Look:\n <video>\n\n What?", "A.", video="a.mkv"), [("Look:", "V:a.mkv", "What?"), ("A.",)]),
         (llava("What?", "A.", video="a.mkv"), [("V:a.mkv", "What?"), ("A.",)]),
         (llava("What?", "A.", system_prompt="Be brief."), [("Be brief.",), ("What?",), ("A.",)]),
+        (llava("What?", "A.", system=""), [("What?",), ("A.",)]),
+        ({"messages": [{"role": "system", "content": [text("")]}, *turns("What?", "A.")]}, [("What?",), ("A.",)]),
+        ({"messages": turns("What?", "A."), "system": "Be brief."}, [("Be brief.",), ("What?",), ("A.",)]),
         (llava("What?", " A.\n", "Why?", "B."), [("What?",), ("A.",), ("Why?",), ("B.",)]),
         (llava("<image>\n<image>\nSame?", "A.", image=["c.png", "c.png"]), [
             ("I:c.png", "I:c.png", "Same?"), ("A.",)]),
@@ -236,14 +239,16 @@ def test_media_lie_beside_the_data_file(media, tmp_path):
         ({"messages": turns("What?", "A.")[1:]}, "turn 1 is by assistant, after nothing"),
         ({"messages": turns("What?", "A.")[:1] * 2}, "turn 2 is by user, after user"),
         ({"messages": turns("What?", "A.", system="S")[::2]}, "turn 2 is by assistant, after system"),
+        ({"messages": turns("What?", "A.", system="S"), "system": "T"}, "turn 2 is by system, after system"),
         ({"messages": [{"role": "user", "content": ""}, *turns("What?", "A.")[1:]]}, "turn 1, by user, is empty"),
         ({"messages": with_media(turns("What?", "A."), {"type": "audio"})}, "a block of type 'audio'"),
         ({"caption": "A.", "video": "a.mkv"}, "has the fields caption, video, and none of messages, conversations"),
         (["What?", "A."], "a record must be an object with fields, not list"),
-        (llava("What?", "A.", video="a.mkv", start=1, end=2), "asks for 1 to 2 of its video"),
+        (llava("What?", "A.", video="a.mkv", start=2, end=1), "start must be before end; got 2 and 1 seconds"),
+        (llava("What?", "A.", video="a.mkv", end="1"), "end must be a number or None, not '1'"),
         (
-            {"messages": with_media(turns("What?", "A."), {"type": "video", "path": "a.mkv", "video_start": 1})},
-            "asks for a part of a video",
+            {"messages": with_media(turns("What?", "A."), {"type": "video", "path": "a.mkv", "video_start": "x"})},
+            "start must be a number or None, not 'x'",
         ),
     ],
 )
@@ -284,7 +289,9 @@ def test_files_that_cannot_be_read(media, tmp_path):
     assert len(read_source(DataSource(str(path), check_media=False))) == 1
     with pytest.raises(ValueError, match="weight is 0; it must be above 0"):
         DataSource("x.json", weight=0)
-    with pytest.raises(ValueError, match="x.json: num_frames must be at least 1 and fps above 0; got 0 and None"):
+    with pytest.raises(
+        ValueError, match="x.json: num_frames must be at least 1 and fps above 0 and finite; got 0 and None"
+    ):
         DataSource("x.json", num_frames=0)
 
 
@@ -551,6 +558,22 @@ def test_sampling_by_run_and_by_source(media, tmp_path):
         frames({"num_frames": 0})
 
 
+@pytest.mark.parametrize("part", [{"start": 0.5}, {"end": 0.5}, {"start": 0.25, "end": 0.75}])
+def test_parts_of_videos(part, media, tmp_path):
+    _, processor = wrapped("internvl_qwen2")
+    block = {"type": "video", "path": "a.mkv", **{f"video_{name}": value for name, value in part.items()}}
+    records = [llava("What?", "A.", video="a.mkv", **part), {"messages": with_media(turns("What?", "A."), block)}]
+    records.append(llava("What?", "A.", video="a.mkv"))
+    model, _ = frozen("internvl_qwen2")
+    data = ChatDataset(read_records(records, media=media), processor)
+    expected = processor._frames([processor._read(str(media / "a.mkv"), **part)])["pixel_values_videos"]
+    assert torch.equal(data[0]["pixel_values_videos"], expected)
+    assert torch.equal(data[1]["pixel_values_videos"], expected)
+    assert not torch.equal(data[2]["pixel_values_videos"], expected)
+    data.features = FeatureCache(tmp_path)
+    assert data.features.fill(model, data, progress=False) == 2  # of one video
+
+
 def test_a_folder_of_frames(media):
     _, processor = wrapped("internvl_qwen2")
     (conversation,) = read_records([llava("What?", "A.", video=str(media / "frames"))])
@@ -610,8 +633,8 @@ def test_weights(media, tmp_path):
     assert answers(0) == first
     other = ChatDataset([DataSource(paths[0], weight=0.5)], processor, seed=4)
     assert [learned(processor, other[i])[0].removesuffix("<|im_end|>") for i in range(10)] != a
-    with pytest.raises(ValueError, match="weights of the sources leave no record"):
-        ChatDataset([DataSource(paths[0], weight=0.01)], processor)
+    with pytest.raises(ValueError, match="b.jsonl: a weight of 0.01 leaves none of its 20 samples; give it at least"):
+        ChatDataset([DataSource(paths[0]), DataSource(paths[1], weight=0.01)], processor)
     with pytest.raises(ValueError, match="give at least one source"):
         ChatDataset([], processor)
 
@@ -851,6 +874,19 @@ def test_features_in_loader_workers_and_a_second_run(conversations, tmp_path):
     (batch,) = loader
     assert batch["num_frames"].tolist() == [4, 4, 4, 4, 4] and batch["frame_features"].shape[0] == 20
     assert set(batch["frames_num_tokens"].tolist()) == {2, 6} and batch["frame_features"].shape[1] == 6
+
+
+@pytest.mark.parametrize("kept", [0, 50, -10])
+def test_damaged_features_are_computed_again(kept, conversations, tmp_path):
+    model, processor = frozen("qwen2_vl")
+    data = ChatDataset(conversations, processor, features=FeatureCache(tmp_path))
+    assert data.features.fill(model, data, progress=False) == 3
+    for file in tmp_path.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(OSError, match=r"\.safetensors of the feature cache is cut short or damaged .*fill the cache"):
+        data[0]
+    assert data.features.fill(model, data, progress=False) == 3
+    assert "frame_features" in data[0]
 
 
 def test_several_processes_share_the_work(conversations, tmp_path):

@@ -120,6 +120,11 @@ def _merge(args) -> None:
     check_free(args.out)
     say(f"loading {args.adapter}")
     model, processor = load_adapter(args.adapter, args.base)
+    if processor is None:
+        raise ValueError(
+            f"{args.adapter} holds no processor, and without it no video can be asked about; save it there with "
+            "processor.save_pretrained."
+        )
     say(f"writing {args.out}")
     merge(model).save_pretrained(args.out, processor=processor)
     print(f"{args.out}: {args.adapter} and its base in one model.")

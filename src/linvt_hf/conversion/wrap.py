@@ -13,6 +13,8 @@ from ..configuration_linvt import LinVTConfig, check_fields
 from ..image_llm import ImageLLM, image_llm_of
 from ..modeling_linvt import LinVTForConditionalGeneration
 from ..processing_linvt import LinVTProcessor
+from ..video_sampling import Sampling
+from .convert import DTYPES
 from .loading import load_base, load_processor_parts
 
 logger = logging.get_logger(__name__)
@@ -69,6 +71,12 @@ def wrap(
     them. Raises `ValueError` for a base that LinVT cannot wrap, `OSError` for one that is not there.
     """
     check_fields(settings)
+    Sampling(num_frames, fps)  # refuses what no video can be read by
+    if video_token is not None and not video_token.strip():
+        raise ValueError("video_token is empty; name a token that prompts never use, or leave it out.")
+    dtype = (model_kwargs or {}).get("dtype")
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ValueError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}.")
     revision = None
     if isinstance(base, PreTrainedModel):
         if processor is None:

@@ -15,10 +15,12 @@ import safetensors
 import yaml
 from huggingface_hub import HfApi, ModelCard, parse_eval_result_entries
 
-from ..training.adapter_files import ADAPTER_FILE, is_adapter
+from ..training.adapter_files import ADAPTER_FILE, LORA_CONFIG, is_adapter
 
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack"}
 _TEXTS = {".json", ".jsonl", ".md", ".py", ".jinja", ".yaml", ".yml", ".txt", ".cfg", ".toml", ""}
+_LARGEST_TEXT = 16_000_000  # bytes of a file by another ending that may be a text
+_VOCABULARIES = {"tokenizer.json", "vocab.json", "merges.txt"}  # whose words may look like paths
 # What the Hub itself, or an editor, leaves in a folder.
 _LEFT_BEHIND = {".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".DS_Store"}
 _PATHS = re.compile(
@@ -65,7 +67,7 @@ def check_folder(folder: Path, say: Callable[[str], None] = lambda text: None) -
         if path.is_file() and not _LEFT_BEHIND & set(path.relative_to(folder).parts)
     }
     problems = []
-    for check in (_pickles, _weights, _texts, _card, _results, _base if adapter else _modules):
+    for check in (_pickles, _jsons, _weights, _texts, _card, _results, _base if adapter else _modules):
         problems += check(folder, files)
     answer = None
     if problems:
@@ -99,6 +101,30 @@ def _pickles(folder: Path, files: dict[str, int]) -> list[str]:
     ]
 
 
+def _jsons(folder: Path, files: dict[str, int]) -> list[str]:
+    problems = []
+    for name in files:
+        if name.endswith(".json"):
+            try:
+                held = json.loads((folder / name).read_text(encoding="utf-8"))
+            except ValueError as error:
+                problems.append(f"{name} is no whole JSON file: {error}.")
+                continue
+            read = name in ("config.json", ADAPTER_FILE, LORA_CONFIG) or name.endswith(".index.json")
+            if read and not isinstance(held, dict):
+                problems.append(f"{name} must hold an object with fields, and holds {type(held).__name__}.")
+    return problems
+
+
+def _fields(folder: Path, name: str) -> dict | None:
+    """What a JSON file holds; None for one that `_jsons` names."""
+    try:
+        held = json.loads((folder / name).read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return held if isinstance(held, dict) else None
+
+
 def _weights(folder: Path, files: dict[str, int]) -> list[str]:
     problems = []
     found = [name for name in files if name.endswith(".safetensors")]
@@ -111,8 +137,12 @@ def _weights(folder: Path, files: dict[str, int]) -> list[str]:
         except safetensors.SafetensorError as error:
             problems.append(f"{name} cannot be read: {error}.")
     for name in files:
-        if name.endswith(".index.json"):
-            needed = set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values())
+        if name.endswith(".index.json") and (index := _fields(folder, name)) is not None:
+            weights = index.get("weight_map")
+            if not isinstance(weights, dict):
+                problems.append(f"{name} has no weight_map, which says where each tensor is.")
+                continue
+            needed = set(map(str, weights.values()))
             problems += [f"{name} needs {each}, which is not there." for each in sorted(needed - files.keys())]
     return problems
 
@@ -121,15 +151,15 @@ def _texts(folder: Path, files: dict[str, int]) -> list[str]:
     """Paths of somebody's machine, and secrets."""
     problems = []
     for name in files:
-        if Path(name).suffix.lower() not in _TEXTS or Path(name).name in (
-            "tokenizer.json",
-            "vocab.json",
-            "merges.txt",
-        ):
+        known = Path(name).suffix.lower() in _TEXTS
+        if not known and files[name] > _LARGEST_TEXT:
             continue
-        text = (folder / name).read_text(encoding="utf-8", errors="replace")
+        try:
+            text = (folder / name).read_text(encoding="utf-8", errors="replace" if known else "strict")
+        except UnicodeDecodeError:
+            continue  # no text
         for number, line in enumerate(text.splitlines(), 1):
-            if match := _PATHS.search(line):
+            if Path(name).name not in _VOCABULARIES and (match := _PATHS.search(line)):
                 problems.append(f"{name}, line {number}, holds a path of a machine: {match[0]}.")
             problems += [
                 f"{name}, line {number}, holds {what}." for what, pattern in _SECRETS.items() if pattern.search(line)
@@ -169,8 +199,8 @@ def _results(folder: Path, files: dict[str, int]) -> list[str]:
 
 def _base(folder: Path, files: dict[str, int]) -> list[str]:
     """Of adapters."""
-    content = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))
-    if content.get("base_model"):
+    content = _fields(folder, ADAPTER_FILE)
+    if content is None or content.get("base_model"):
         return []
     return [
         f"{ADAPTER_FILE} names no base on the Hub, and nobody else has {content.get('local_base')}; publish that and "
@@ -180,11 +210,16 @@ def _base(folder: Path, files: dict[str, int]) -> list[str]:
 
 def _modules(folder: Path, files: dict[str, int]) -> list[str]:
     """Python files that the config names, and those that they import."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _fields(folder, "config.json")
+    if config is None:
+        return []
     if not config.get("auto_map"):
         return ["config.json has no auto_map: a whole model brings its code; save it with save_pretrained."]
-    named = {str(name).split("--")[-1].split(".")[0] for name in config["auto_map"].values()}
-    named |= {pipe["impl"].split(".")[0] for pipe in config.get("custom_pipelines", {}).values()}
+    try:
+        named = {str(name).split("--")[-1].split(".")[0] for name in config["auto_map"].values()}
+        named |= {pipe["impl"].split(".")[0] for pipe in config.get("custom_pipelines", {}).values()}
+    except (AttributeError, KeyError, TypeError) as error:
+        return [f"config.json has an auto_map or custom_pipelines that names no code: {error!r}."]
     problems = [
         f"config.json names {name}.py, which is not there." for name in sorted(named) if f"{name}.py" not in files
     ]
@@ -193,7 +228,7 @@ def _modules(folder: Path, files: dict[str, int]) -> list[str]:
             continue
         try:
             tree = ast.parse((folder / name).read_text(encoding="utf-8"))
-        except SyntaxError as error:
+        except (SyntaxError, ValueError) as error:  # the second for what is no UTF-8
             problems.append(f"{name} is no Python: {error}.")
             continue
         wanted = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}

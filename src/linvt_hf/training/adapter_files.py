@@ -125,7 +125,8 @@ def load_adapter(
         trainable: keep LinVT and projector in float32, to go on training; else they take the base's dtype.
         model_kwargs: for the base's `from_pretrained`, e.g. `dtype` or `device_map`.
 
-    Raises `ValueError` naming each tensor that is missing, unexpected or of another shape.
+    Raises `ValueError` for another base than they were trained on, for a damaged file, and naming each tensor that is
+    missing, unexpected or of another shape.
     """
     content = _content(folder, revision)
     saved = LinVTConfig.from_pretrained(folder, revision=revision)
@@ -134,6 +135,7 @@ def load_adapter(
     for name in ("base_config", "hidden_size"):
         fields.pop(name, None)
     whole = isinstance(base, LinVTForConditionalGeneration)
+    _check_base(saved, base.base if whole else base, folder)
     model = LinVTForConditionalGeneration.from_image_llm(base.base if whole else base, **fields)
     if whole:  # where its base came from, for adapters that are trained on from here
         model.name_or_path = base.name_or_path
@@ -141,6 +143,7 @@ def load_adapter(
     model.training_text = content["training"]
     model.generation_config = GenerationConfig.from_pretrained(folder, revision=revision)
     if (files := _lora_files(folder, revision)) is not None:
+        _read_json(files[0], "peft_type", "target_modules")  # what PEFT says of a damaged one names no file
         settings = lora_config().from_pretrained(str(files[0].parent))
         settings.inference_mode = not trainable
         inject_lora(model, settings)
@@ -210,6 +213,27 @@ def _base(base, content: dict, folder, model_kwargs: dict) -> PreTrainedModel:
         ) from error
 
 
+def _check_base(saved: LinVTConfig, base: PreTrainedModel, folder: str | Path) -> None:
+    """Raises `ValueError` for a base of another kind: tensors of the same shapes would go onto it without a word."""
+    if saved.base_config is None:
+        raise ValueError(f"{folder} has no config.json with a base_config; copy or download the whole folder again.")
+
+    def kind(config) -> str:
+        text = config.get_text_config()
+        words = getattr(text, "vocab_size", "unknown")
+        return (
+            f"of type {config.model_type} (language model {text.model_type}, {text.hidden_size} wide, {words} words)"
+        )
+
+    trained, given = kind(saved.base_config), kind(base.config)
+    if trained != given:
+        name = base.name_or_path or "the base given"
+        raise ValueError(
+            f"The adapters in {folder} were trained on a base {trained}, and {name} is {given}; give the base they "
+            "were trained on."
+        )
+
+
 def _origin(model: LinVTForConditionalGeneration, folder: Path) -> dict:
     """
     Where the base came from: the LinVT model that was loaded, or the image-LLM that was wrapped.
@@ -255,7 +279,20 @@ def _find(folder: str | Path, name: str, revision: str | None = None) -> Path | 
 
 
 def _content(folder: str | Path, revision: str | None = None) -> dict:
-    return json.loads(_need(folder, ADAPTER_FILE, revision).read_text(encoding="utf-8"))
+    return _read_json(_need(folder, ADAPTER_FILE, revision), "base_model", "revision", "projector", "training")
+
+
+def _read_json(file: Path, *fields: str) -> dict:
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); copy or download the whole folder again.") from error
+    missing = [name for name in fields if name not in held] if isinstance(held, dict) else fields
+    if missing:
+        raise ValueError(
+            f"{file} is damaged: it has no {', '.join(missing)}; copy or download the whole folder again."
+        )
+    return held
 
 
 def _lora_files(folder: str | Path, revision: str | None = None) -> list[Path] | None:

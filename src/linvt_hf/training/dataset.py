@@ -80,7 +80,8 @@ class ChatDataset(Dataset):
         """All sources, and which samples they make; numbers in arrays, since there may be millions."""
         loose = Conversations(source for source in sources if isinstance(source, Conversation))
         groups = [(loose, 1.0)] if loose else []
-        groups += [(read_source(source), source.weight) for source in sources if isinstance(source, DataSource)]
+        files = [source for source in sources if isinstance(source, DataSource)]
+        groups += [(read_source(source), source.weight) for source in files]
         if not groups:
             raise ValueError("There is nothing to train on: give at least one source of data.")
         self._conversations = [conversations for conversations, _ in groups]
@@ -93,6 +94,12 @@ class ChatDataset(Dataset):
                 _check_texts(conversation, marks)
                 sizes = np.cumsum([_size(turn) for turn in conversation.messages])
                 places += [(number, index, end, sizes[end - 1]) for end in self._ends(conversation)]
+            if not round(weight * len(places)):
+                source = files[number - len(groups)]
+                raise ValueError(
+                    f"{source.path}: a weight of {weight} leaves none of its {len(places)} samples; give it at least "
+                    f"{1 / len(places):.2g}, or leave the source out."
+                )
             rows.append(np.array(places, dtype=np.int32))
             self._groups.append((start, start + len(places), weight))
             start += len(places)
@@ -119,8 +126,6 @@ class ChatDataset(Dataset):
             mixed = np.random.default_rng([self.seed, epoch, number]).permutation(samples)
             order += [np.tile(samples, whole), mixed[: round(part * len(samples))]]
         self._order = np.concatenate(order)
-        if not len(self):
-            raise ValueError("There is nothing to train on: the weights of the sources leave no record.")
 
     def __len__(self) -> int:
         return len(self._order)
@@ -205,14 +210,17 @@ class ChatDataset(Dataset):
         try:
             return encode_text(self.processor, opened, self.turns, frames), plain
         except ValueError as error:
-            for image in _shown(messages, "image"):
-                check_image(self.processor, image)  # says so if that is the reason
+            for block in _shown(messages, "image"):
+                check_image(self.processor, block["image"])  # says so if that is the reason
             raise ValueError(f"{conversation.origin}: {error}") from error
 
     def _videos(self, conversation: Conversation, messages: list[dict]) -> list[VideoInput]:
         own = conversation.num_frames is not None or conversation.fps is not None
         num_frames, fps = (conversation.num_frames, conversation.fps) if own else (self.num_frames, self.fps)
-        return [VideoInput(video, num_frames, fps, conversation.origin) for video in _shown(messages, "video")]
+        return [
+            VideoInput(block["video"], num_frames, fps, conversation.origin, block.get("start"), block.get("end"))
+            for block in _shown(messages, "video")
+        ]
 
     def report(self, origin: str, error: SkippedSample) -> None:
         """Writes down, once, what was skipped and why."""
@@ -232,8 +240,8 @@ class ChatDataset(Dataset):
                 os.close(file)
 
 
-def _shown(messages: list[dict], kind: str) -> list:
-    return [block[kind] for message in messages for block in message["content"] if block["type"] == kind]
+def _shown(messages: list[dict], kind: str) -> list[dict]:
+    return [block for message in messages for block in message["content"] if block["type"] == kind]
 
 
 def _size(turn: dict) -> int:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -160,7 +161,8 @@ class FeatureCache:
         # As the processor samples: its own rate counts only where neither is asked for.
         num_frames = processor.num_frames if source.num_frames is None else source.num_frames
         fps = processor.fps if source.num_frames is None and source.fps is None else source.fps
-        return hashlib.sha256(f"{self.fingerprint} {num_frames} {fps} {video}".encode()).hexdigest()
+        part = "" if source.start is source.end is None else f" {source.start} to {source.end}"
+        return hashlib.sha256(f"{self.fingerprint} {num_frames} {fps} {video}{part}".encode()).hexdigest()
 
     def _digest(self, video: Any) -> str:
         """Of the content of arrays, pictures and bytes; computed once for each, which must not change afterwards."""
@@ -190,12 +192,24 @@ class FeatureCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _has(self, key: str) -> bool:
-        return key in self._entries or (self.folder is not None and self._file(key).exists())
+        """Whether an entry is there and whole; a damaged one is computed again."""
+        if key in self._entries or self.folder is None or not (file := self._file(key)).exists():
+            return key in self._entries
+        try:
+            with safe_open(file, "pt"):
+                return True
+        except SafetensorError:
+            return False
 
     def _load(self, key: str) -> dict[str, Tensor] | None:
         entry = self._entries.get(key)
         if entry is None and self.folder is not None and (file := self._file(key)).exists():
-            entry = load_file(file)
+            try:
+                entry = load_file(file)
+            except SafetensorError as error:
+                raise OSError(
+                    f"{file} of the feature cache is cut short or damaged ({error}); fill the cache again."
+                ) from error
             if self.memory:
                 self._entries[key] = entry
         return entry

@@ -31,12 +31,17 @@ class SkippedSample(Exception):
 
 @dataclass(frozen=True, eq=False)
 class VideoInput:
-    """A video of a conversation and how it is sampled. `video` is what `read_video` takes, or a folder of frames."""
+    """
+    A video of a conversation and how it is sampled. `video` is what `read_video` takes, or a folder of frames; `start`
+    and `end` are seconds.
+    """
 
     video: Any
     num_frames: int | None
     fps: float | None
     origin: str
+    start: float | None = None
+    end: float | None = None
 
     @property
     def path(self) -> str | None:
@@ -48,9 +53,10 @@ def _read_clip(processor: LinVTProcessor, source: VideoInput) -> Clip:
     A video's sampled frames. Frames that have no times, in a folder or a list, are sampled by number whatever `fps`
     is. Raises `SkippedSample` if the video cannot be read.
     """
-    video = source.video
+    video, fps = source.video, source.fps if has_times(source.video) else None
+    part = {name: value for name, value in (("start", source.start), ("end", source.end)) if value is not None}
     try:
-        return processor._read(video, num_frames=source.num_frames, fps=source.fps if has_times(video) else None)
+        return processor._read(video, num_frames=source.num_frames, fps=fps, **part)
     except (OSError, ValueError) as error:  # read_video's own; settings were checked before
         raise SkippedSample(str(error), source.path) from error
 

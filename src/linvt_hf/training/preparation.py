@@ -45,12 +45,16 @@ def load_model(settings: TrainingSettings, autocast: bool) -> tuple[LinVTForCond
     if processor is None:
         raise SettingsError(f"{name} holds no processor; save it there with processor.save_pretrained.")
     processor.answer_token_type = model.image_llm.answer_token_type  # older folders do not say it
-    # What is trained on so many frames is asked with so many; a number without a rate is read without one.
+    set_sampling(processor, settings)
+    return model, processor
+
+
+def set_sampling(processor: LinVTProcessor, settings: TrainingSettings) -> None:
+    """What is trained on so many frames is asked with so many; a number without a rate is read without one."""
     if settings.num_frames is not None:
         processor.num_frames, processor.fps = settings.num_frames, None
     if settings.fps is not None:
         processor.fps = settings.fps
-    return model, processor
 
 
 def prepare(model: LinVTForConditionalGeneration, settings: TrainingSettings) -> None:
@@ -93,8 +97,9 @@ def _still(base: nn.Module, lora_dropout: float) -> None:
     for name, module in base.named_modules():
         if isinstance(module, nn.Dropout):
             module.p = lora_dropout if "lora_dropout" in name else 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for rate in ("attention_dropout", "dropout"):  # the second of CLIP, SigLIP, Idefics and Pixtral
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
 
 
 def finish(model: LinVTForConditionalGeneration) -> None:
@@ -120,4 +125,4 @@ def count_parameters(model: nn.Module) -> str:
     return f"parameters that learn: {learned}; frozen: {frozen:,}"
 
 
-__all__ = ["count_parameters", "finish", "load_model", "prepare"]
+__all__ = ["count_parameters", "finish", "load_model", "prepare", "set_sampling"]

@@ -8,32 +8,22 @@ Stage 1 learns LinVT alone, stage 2 LinVT and a LoRA on the language model; that
 import dataclasses
 import importlib.util
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.utils import CONFIG_NAME
 
 from ..modeling_linvt import LinVTForConditionalGeneration
 from ..processing_linvt import LinVTProcessor
-from .adapter_files import is_adapter
 from .dataset import ChatDataset, read_skipped
 from .feature_cache import FeatureCache
-from .preparation import count_parameters, finish, load_model, prepare
+from .preparation import count_parameters, finish, load_model, prepare, set_sampling
+from .run_folder import FREE, REPORTS, SKIPPED_FILE, begin, check_data, copy_adapter, data_digests, earlier_run
 from .settings import SettingsError, TrainingSettings
-from .trainer import LinVTTrainer, Report, last_checkpoint
-
-SETTINGS_FILE, SKIPPED_FILE = "settings.yaml", "skipped.jsonl"
-# What changes how a run goes and not what it learns, so that it may differ when one is taken up again.
-FREE = (
-    *("output", "resume", "base", "workers", "log_every", "eval_every", "save_every"),
-    *("feature_cache", "feature_memory"),
-)
+from .trainer import LinVTTrainer, Report
 
 
 @dataclass
@@ -105,12 +95,14 @@ def train(
     args = _arguments(settings, evaluates=bool(settings.eval_data or eval_data is not None))
     main = args.process_index == 0
     say = say if main else lambda text: None
-    checkpoint = _earlier_run(settings, folder)
+    checkpoint = earlier_run(settings, folder)
     set_seed(settings.seed)  # what is made anew, LinVT or LoRA, is the same in every process
     autocast = _autocast(settings, args)
     if model is None:
         say(f"loading {settings.model}")
         model, processor = load_model(settings, autocast)
+    else:
+        set_sampling(processor, settings)
     prepare(model, settings)
 
     skipped = folder / SKIPPED_FILE
@@ -122,11 +114,13 @@ def train(
         data = _dataset(settings, settings.data, processor, skipped, features)
     if eval_data is None and settings.eval_data:
         eval_data = _dataset(settings, settings.eval_data, processor, skipped, features)
+    digests = data_digests(settings, data, eval_data)
+    if checkpoint is not None:
+        check_data(folder, digests)
+    args.distributed_state.wait_for_everyone()  # all have looked into the folder
     if main and checkpoint is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / SETTINGS_FILE).write_text(yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True))
-        skipped.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
-    report = Report(folder / "tensorboard")
+        begin(settings, folder, digests)
+    report = Report(folder / REPORTS)
     trainer = LinVTTrainer(
         model,
         settings=settings,
@@ -153,7 +147,7 @@ def train(
     trainer.save_model(str(folder))
     best = trainer.state.best_model_checkpoint
     if main and best is not None and Path(best).is_dir():
-        _copy_adapter(Path(best), folder / "best")
+        copy_adapter(Path(best), folder / "best")
     trainer.accelerator.wait_for_everyone()
     run = TrainingRun(model, processor, folder, folder / "best" if best else None, trainer.state.log_history)
     run.skipped, run.main = read_skipped(skipped), main
@@ -216,32 +210,6 @@ def _autocast(settings: TrainingSettings, args: TrainingArguments) -> bool:
     return args.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _earlier_run(settings: TrainingSettings, folder: Path) -> Path | None:
-    """The checkpoint to go on from. Raises if the folder holds what this run cannot go on with and would overwrite."""
-    if folder.resolve() == Path(settings.model).resolve():
-        raise SettingsError(f"{folder} is the model's own folder; choose another output.")
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is None:
-        if (folder / CONFIG_NAME).exists():
-            held = "finished adapters" if is_adapter(folder) else "a whole model"
-            raise SettingsError(f"{folder} holds {held}; choose another output.")
-        return None
-    if not settings.resume:
-        raise SettingsError(f"{folder} holds a run already and resume is off; choose another output.")
-    try:
-        before = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SettingsError(f"{folder} holds a run without its {SETTINGS_FILE}; choose another output.") from error
-    now = settings.to_dict()
-    differing = [name for name in now if name not in FREE and before.get(name) != now[name]]
-    if differing:
-        listed = ", ".join(f"{name} ({before.get(name)} there, {now[name]} here)" for name in differing)
-        raise SettingsError(
-            f"{folder} holds a run with other settings: {listed}; choose another output, or set them back to go on."
-        )
-    return checkpoint
-
-
 def _dataset(settings: TrainingSettings, sources: list, processor, skipped: Path, features) -> ChatDataset:
     return ChatDataset(
         sources,
@@ -271,16 +239,6 @@ def _fill_features(trainer: LinVTTrainer, datasets: list) -> None:
         model.to("cpu")
 
 
-def _copy_adapter(checkpoint: Path, folder: Path) -> None:
-    """Only what `load_adapter` needs, without the optimizer's state."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    state = ("optimizer", "scheduler", "rng_state", "trainer_state", "scaler", "latest", "zero_to_fp32")
-    for path in checkpoint.iterdir():
-        if path.is_file() and not path.name.startswith(state):
-            shutil.copy2(path, folder)
-
-
 # ---- what is said ----
 
 
@@ -298,4 +256,4 @@ def _plan(settings, args: TrainingArguments, data, eval_data, checkpoint: Path |
     return ", ".join(parts)
 
 
-__all__ = ["TrainingRun", "train"]
+__all__ = ["FREE", "TrainingRun", "train"]

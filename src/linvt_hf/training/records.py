@@ -10,7 +10,8 @@ Layouts of a record:
 - `QA`: VideoChat2-IT's, `[{"i": instruction, "q": question, "a": answer}]` beside `video` or `image`. The first
   instruction stands before the first question; where there is no question (captions) it is the question.
 
-Without a placeholder, what a record names beside its turns comes first in its first turn.
+Without a placeholder, what a record names beside its turns comes first in its first turn. `start` and `end` beside
+`video`, or `video_start` and `video_end` in a block, are the seconds between which a video is read.
 """
 
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..video_reading import is_one_video
+from ..video_sampling import Sampling
 
 ROLES = {
     "user": "user",
@@ -38,7 +40,8 @@ class Conversation:
     One record.
 
     messages: turns `{"role", "content"}`, content a list of blocks `{"type": "text", "text"}`, `{"type": "video",
-        "video"}` and `{"type": "image", "image"}`. Relative paths were made absolute. The last turn is an answer.
+        "video"}` and `{"type": "image", "image"}`. Relative paths were made absolute. The last turn is an answer. Of a
+        video that is read in part, the block has `start`, `end` or both, in seconds.
     origin: where it came from, "file:line" or "file: record 12".
     num_frames, fps: how its videos are sampled, instead of the run's settings.
     """
@@ -92,16 +95,16 @@ def conversation_of(record: Any, origin: str, find: MediaFinder) -> Conversation
     record = {key: value for key, value in record.items() if value is not None}  # Parquet fills what is missing
     turns = _turns(record, origin)
     given = {kind: _given(record, kind) for kind in ("video", "image")}
-    if given["video"] and "start" in record and "end" in record:
-        raise ValueError(
-            f"{origin}: asks for {record['start']} to {record['end']} of its video, and only whole videos are read; "
-            "cut the video and leave start and end out."
-        )
     messages = [{"role": role, "content": _blocks(content, role, origin)} for role, content in turns]
+    if messages and messages[0] == {"role": "system", "content": []}:
+        del messages[0]  # nothing is said before they speak
     _check_turns(messages, origin)
     _place_media(messages, given, origin)
+    part = _part(record, "", origin) if given["video"] else {}
     for message in messages:
         for block in message["content"]:
+            if block["type"] == "video":
+                block.update(part)
             if (kind := block["type"]) != "text":
                 block[kind] = find(block[kind], kind, origin)
     return Conversation(messages, origin)
@@ -130,7 +133,7 @@ def _turns(record: dict, origin: str) -> list[tuple[str, Any]]:
         if layout == "conversations":
             turns = [(role, text.strip() if isinstance(text, str) else text) for role, text in turns]
     system = record.get("system_prompt") or record.get("system")
-    return [("system", system), *turns] if isinstance(system, str) and "messages" not in record else turns
+    return [("system", system), *turns] if isinstance(system, str) and system.strip() else turns
 
 
 def _role(role: Any, origin: str) -> str:
@@ -159,6 +162,16 @@ def _given(record: dict, kind: str) -> list:
     return values
 
 
+def _part(fields: dict, prefix: str, origin: str) -> dict[str, float]:
+    """`start` and `end` of a video, where they are given."""
+    part = {name: fields[prefix + name] for name in ("start", "end") if fields.get(prefix + name) is not None}
+    try:
+        Sampling(**part)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+    return part
+
+
 def _blocks(content: Any, role: str, origin: str) -> list[dict]:
     """Content as blocks; a video or image that is still to be placed has None for what it shows."""
     if not isinstance(content, (list, tuple)):
@@ -170,10 +183,8 @@ def _blocks(content: Any, role: str, origin: str) -> list[dict]:
             if words := _words(block.get("text"), role, origin):
                 blocks.append({"type": "text", "text": words})
         elif kind in _MEDIA_KEYS:
-            if block.get("video_start") is not None or block.get("video_end") is not None:
-                raise ValueError(f"{origin}: asks for a part of a video, and only whole videos are read; cut it.")
             value = next((block[key] for key in _MEDIA_KEYS[kind] if block.get(key) is not None), None)
-            blocks.append({"type": kind, kind: value})
+            blocks.append({"type": kind, kind: value, **_part(block, "video_", origin)})
         else:
             raise ValueError(
                 f"{origin}: a turn of the {role} holds a block of type {kind!r}; known are text, video and image."
@@ -229,7 +240,7 @@ def _place_media(messages: list[dict], given: dict[str, list], origin: str) -> N
     own = {block["type"] for block in blocks if block[block["type"]] is not None}
     if given["video"] and not given["image"]:  # LLaVA-Video-178K's way of writing
         for block in places:
-            block.clear()
+            block.pop("image", None)
             block.update(type="video", video=None)
     first: list[dict] = []
     for kind, values in given.items():

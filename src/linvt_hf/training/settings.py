@@ -6,6 +6,7 @@ A mistake in a recipe is one sentence with its file and line, and with the neare
 
 import dataclasses
 import difflib
+import math
 import os
 import types
 import typing
@@ -45,6 +46,10 @@ class LoraSettings:
     # Names of the linear layers that get one. Authors' code: q, k, v, o, gate, up, down; that is every linear layer of
     # a block, and so is None here, by whatever names the base has (qkv_proj and gate_up_proj, or fc1, fc2 and dense).
     targets: list[str] | None = None
+
+    def __post_init__(self):
+        if self.targets is not None:
+            self.targets = list(self.targets)  # as a recipe gives them
 
 
 @dataclass
@@ -127,6 +132,8 @@ class TrainingSettings:
             values.update({f"lora.{name}": value for name, value in vars(self.lora).items()})
         values = {name: value for name, value in values.items() if value is not None}
         for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                fail(name, f"must be a finite number; got {value}.")
             if name in _AT_LEAST_1 and value < 1:
                 fail(name, f"must be at least 1; got {value}.")
             if name in _ABOVE_0 and value <= 0:

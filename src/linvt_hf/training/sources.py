@@ -7,6 +7,7 @@ made.
 """
 
 import json
+import math
 import os
 import pickle
 import re
@@ -45,8 +46,10 @@ class DataSource:
     def __post_init__(self):
         self.path = os.fspath(self.path)
         self.media = None if self.media is None else os.fspath(self.media)
-        if not self.weight > 0:
-            raise ValueError(f"{self.path}: weight is {self.weight}; it must be above 0, or leave the source out.")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(
+                f"{self.path}: weight is {self.weight}; it must be above 0 and finite, or leave the source out."
+            )
         check_sampling(self.num_frames, self.fps, f"{self.path}: ")
 
     def check_there(self) -> None:
@@ -144,8 +147,10 @@ def read_records(
 
 def check_sampling(num_frames: int | None, fps: float | None, where: str = "") -> None:
     """Raises `ValueError` for settings that no video can be sampled by."""
-    if (num_frames is not None and num_frames < 1) or (fps is not None and not fps > 0):
-        raise ValueError(f"{where}num_frames must be at least 1 and fps above 0; got {num_frames} and {fps}.")
+    if (num_frames is not None and num_frames < 1) or (fps is not None and not 0 < fps < math.inf):
+        raise ValueError(
+            f"{where}num_frames must be at least 1 and fps above 0 and finite; got {num_frames} and {fps}."
+        )
 
 
 # ---- files to records, each with where it stands ----
