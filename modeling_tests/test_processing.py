@@ -239,7 +239,7 @@ def test_wrap_twice(tmp_path):
         wrap(model, base_folder("mipha"))
     with pytest.raises(ValueError, match="LinVT model or processor already"):
         wrap(model.base, processor)
-    with pytest.raises(ValueError, match="num_frames must be at least 1 and fps above 0; got 0"):
+    with pytest.raises(ValueError, match="num_frames must be at least 1 or None for every frame, not 0"):
         wrap(base_folder("mipha"), num_frames=0)
 
 
