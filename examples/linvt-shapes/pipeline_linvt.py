@@ -61,10 +61,9 @@ def _check(inputs: dict) -> None:
             f"An input holds {', '.join(map(repr, inputs)) or 'nothing'}; it is a dict with 'video' and 'question', "
             "or with 'messages', and perhaps 'choices', or a chat."
         )
-    question = inputs.get("question", "")
     if "messages" in inputs and not isinstance(inputs["messages"], list | tuple):
         raise ValueError(f"messages are a list, of a chat's turns; got {type(inputs['messages']).__name__}.")
-    if not isinstance(question, str):
+    if not isinstance(question := inputs.get("question", ""), str):
         raise ValueError(f"A question is a text; got {type(question).__name__} {question!r}.")
 
 

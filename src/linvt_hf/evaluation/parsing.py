@@ -13,8 +13,8 @@ from collections.abc import Sequence
 LETTERS = string.ascii_uppercase
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _ARTICLES = {"a", "an", "the"}
-# "the answer is (B)", "Option B", "I choose b": what comes right after such a word is meant as a letter.
 _NO_NOUN = r"(?:is|was|are|would|must|should|seems|because|since|as|and|or|nor|but)"  # after A, which is a letter then
+# "the answer is (B)", "Option B", "I choose b": what comes right after such a word is meant as a letter.
 _NAMED = r"(?i:\b(?:answer|option|choice|choose|select|pick)\b(?:\s+(?:is|would be|must be|should be|option))*)"
 
 

@@ -123,7 +123,7 @@ def evaluate(
                 continue
             write_answers(answers, folder / ANSWERS)
         answers, results = read_answers(folder), json.loads(results_file(folder).read_text(encoding="utf-8"))
-        if judge is not None and any("contains" in answer.scores for answer in answers):
+        if judge is not None and any(map(_is_open, answers)):
             say(f"{task}: asking the judge, {judge.model}")
             answers, run.judge[task] = judge_answers(judge, answers, folder / "judge.jsonl")
             write_answers(answers, folder / ANSWERS)
@@ -201,8 +201,13 @@ def judge_answers(judge: Judge, answers: list[Answered], file: Path) -> tuple[li
     def key(answer: Answered) -> tuple:
         return tuple(about(answer).values())
 
-    answers = [replace(answer, scores=_unjudged(answer.scores)) for answer in answers]
-    open_ones = [answer for answer in answers if "contains" in answer.scores]  # others have rules that need no judge
+    def with_verdict(answer: Answered) -> Answered:
+        scores = {name: score for name, score in answer.scores.items() if not name.startswith("judge_")}  # of another
+        if _is_open(answer) and (verdict := known[key(answer)]).correct is not None:
+            scores |= {"judge_accuracy": float(verdict.correct), "judge_score": float(verdict.score)}
+        return replace(answer, scores=scores)
+
+    open_ones = [answer for answer in answers if _is_open(answer)]
     asked = [answer for answer in open_ones if key(answer) not in known]
     with file.open("a", encoding="utf-8") as lines:
         verdicts = judge.verdicts((answer.question, answer.target, answer.answer) for answer in asked)
@@ -210,23 +215,13 @@ def judge_answers(judge: Judge, answers: list[Answered], file: Path) -> tuple[li
             known[key(answer)] = verdict
             lines.write(json.dumps({**about(answer), **asdict(verdict)}, ensure_ascii=False) + "\n")
     found = [known[key(answer)] for answer in open_ones]
-    verdict_of = {id(answer): verdict for answer, verdict in zip(open_ones, found, strict=True)}
-    with_verdicts = [
-        answer
-        if (verdict := verdict_of.get(id(answer))) is None or verdict.correct is None
-        else replace(
-            answer,
-            scores={**answer.scores, "judge_accuracy": float(verdict.correct), "judge_score": float(verdict.score)},
-        )
-        for answer in answers
-    ]
     reasons = sorted({verdict.error for verdict in found if verdict.error is not None})
-    return with_verdicts, {"judge": judge.model, **judged(found), "reasons": reasons[:5]}
+    return list(map(with_verdict, answers)), {"judge": judge.model, **judged(found), "reasons": reasons[:5]}
 
 
-def _unjudged(scores: dict[str, float]) -> dict[str, float]:
-    """Without what another judge said."""
-    return {name: score for name, score in scores.items() if not name.startswith("judge_")}
+def _is_open(answer: Answered) -> bool:
+    """Whether a judge is asked about it; others have rules that need none."""
+    return "contains" in answer.scores
 
 
 def _write(settings: EvalSettings, run: Run, datasets: dict[str, str], judge: Judge | None, output: Path) -> None:

@@ -85,19 +85,11 @@ def _sharing(parts: Sequence[tuple]) -> list[list[tuple]]:
 
 
 def _by_video_and_part(parts: Sequence[tuple]) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of scores and numbers of questions, [P, V], of parts that share videos."""
-    if len(parts) == 1:
-        sums, counts = _by_video(*parts[0])
-        return sums[None], counts[None]
+    """Sums of scores and numbers of questions, [P, V], of parts about the same videos."""
     numbers: dict[Hashable, int] = {}
-    for _, videos in parts:
-        for video in videos:
-            numbers.setdefault(video, len(numbers))
-    sums, counts = np.zeros((2, len(parts), len(numbers)))
-    for row, (scores, videos) in enumerate(parts):
-        place = [numbers[video] for video in videos]
-        np.add.at(sums[row], place, scores)
-        np.add.at(counts[row], place, 1)
+    each = [_by_video(*part, numbers) for part in parts]
+    most = max(len(sums) for sums, _ in each)
+    sums, counts = (np.stack([np.pad(row, (0, most - len(row))) for row in rows]) for rows in zip(*each, strict=True))
     return sums, counts
 
 
@@ -123,15 +115,17 @@ def compare(
     return Difference(interval, (as_great + 1) / (RESAMPLES + 1), len(differences))
 
 
-def _by_video(scores: Sequence[float], videos: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of scores [V] and number of questions [V] of each video."""
+def _by_video(
+    scores: Sequence[float], videos: Sequence[Hashable] | None, numbers: dict[Hashable, int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of scores [V] and number of questions [V] of each video; `numbers` are those that videos have already."""
     if len(scores) == 0:
         raise ValueError("There are no scores.")
     if videos is None:
         return np.asarray(scores, dtype=float), np.ones(len(scores))
     if len(videos) != len(scores):
         raise ValueError(f"There are {len(scores)} scores, but {len(videos)} videos; give one a score.")
-    numbers: dict[Hashable, int] = {}
+    numbers = {} if numbers is None else numbers
     place = [numbers.setdefault(video, len(numbers)) for video in videos]
     return np.bincount(place, weights=np.asarray(scores, dtype=float)), np.bincount(place).astype(float)
 

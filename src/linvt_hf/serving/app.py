@@ -179,7 +179,8 @@ class _Exchange:
         rules = MediaRules(self._settings.limits, self._settings.allow_files)
         self._media = Media(rules, self._folder, self._end)
         loop = asyncio.get_running_loop()
-        if all(isinstance(part, TextPart | str) for message in chat.messages for part in message.content):
+        parts = [part for message in chat.messages if not isinstance(message.content, str) for part in message.content]
+        if all(isinstance(part, TextPart) for part in parts):
             messages = self._media.chat(chat.messages)  # nothing to fetch, so nobody to wait behind
         else:
             fetching = loop.run_in_executor(self._server.fetching, self._media.chat, chat.messages)

@@ -21,9 +21,7 @@ from .rows import Row, Rows
 
 logger = logging.getLogger(__name__)
 _STOPPED = "The engine was stopped before the whole answer came."
-_CHARACTERS = (
-    20  # of a token, at most on average (ours): of longer prompts it need not be counted that they are too long
-)
+_CHARACTERS = 20  # of a token, on average, at most (ours): a longer prompt is refused without counting its tokens
 _FAULTS = (ValueError, OSError, torch.OutOfMemoryError)  # of a question; anything else is our mistake
 
 # A video of a question, and what it is remembered by.
